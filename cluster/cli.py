@@ -1,0 +1,260 @@
+"""The command line. Heavy modules are imported by the command that needs them, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from data.errors import UserError
+
+if TYPE_CHECKING:
+    from eval.report import ReportTable
+
+app = typer.Typer(
+    name="manymodes",
+    help="Train mixture generative models on a cluster, and prove that they cover every mode.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    epilog="Any command takes --debug, which shows a traceback instead of a one-line error.",
+)
+out_console = Console()
+
+SET = typer.Option(None, "--set", metavar="KEY=VALUE", help="change a field of the recipe, as training.steps=500")
+RAY = typer.Option(None, "--ray-address", help="existing Ray cluster (HOST:PORT); starts one here if left out")
+TRACKING = typer.Option(None, "--tracking-uri", help="MLflow; default MLFLOW_TRACKING_URI or ./mlflow.db")
+
+
+@app.command()
+def recipes() -> None:
+    """Lists the recipes that come with manymodes."""
+    from cluster.recipe import load_recipe, shipped_recipes
+
+    table = Table("recipe", "source", "what it does", box=None, pad_edge=False)
+    for name in shipped_recipes():
+        recipe = load_recipe(name)
+        table.add_row(name, recipe.data.source, recipe.summary)
+    out_console.print(table)
+
+
+@app.command()
+def pack(
+    source: str = typer.Argument(help="digits, mnist:FOLDER, images:FOLDER or array:FILE.npy|npz"),
+    dest: str = typer.Argument(help="folder or URL for the shards and their manifest"),
+    set_: list[str] = typer.Option(None, "--set", metavar="KEY=VALUE", help="option of the source, as size=64"),
+) -> None:
+    """Packs a source into WebDataset shards with a manifest."""
+    import yaml
+    from pydantic import ValidationError
+
+    from cluster.progress import Stages
+    from data.shards import pack as pack_source
+    from data.sources import SourceOptions, open_source
+
+    values = {}
+    for item in set_ or []:
+        key, sign, text = item.partition("=")
+        if not sign:
+            raise UserError(f"--set {item!r} is not understood: write --set size=64")
+        values[key] = yaml.safe_load(text)
+    try:
+        options = SourceOptions(**values)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        known = ", ".join(SourceOptions.model_fields)
+        raise UserError(f"--set {fault['loc'][0]}: {fault['msg']}; the options are {known}") from error
+    opened = open_source(source, options)
+    with Stages().stage("pack shards", unit="samples") as advance:
+        manifest = pack_source(opened, dest, progress=lambda done, total: advance(done, total=total))
+    table = Table("split", "samples", "shards", "MB", box=None, pad_edge=False)
+    for name, record in manifest.splits.items():
+        size = sum(shard.bytes for shard in record.shards) / 1e6
+        table.add_row(name, f"{record.samples:,}", str(len(record.shards)), f"{size:.1f}")
+    out_console.print(table)
+    out_console.print(f"{manifest.base}  shape {manifest.shape}  fingerprint {manifest.fingerprint[:12]}")
+
+
+@app.command()
+def run(
+    recipe: str = typer.Argument(help="name of a shipped recipe, or a YAML file"),
+    out: str = typer.Option(..., "--out", help="folder for shards, model, report and summary"),
+    set_: list[str] = SET,
+    ray_address: str = RAY,
+) -> None:
+    """Runs the whole job: pack, train, evaluate, register, report. The same command goes on after a crash."""
+    from cluster.pipeline import run_job
+    from cluster.recipe import load_recipe
+
+    loaded = load_recipe(recipe, set_ or ())
+    summary = run_job(loaded, out, ray_address=ray_address)
+    _print_table(summary["table"])
+    stages = Table("stage", "seconds", box=None, pad_edge=False)
+    for name, seconds in summary["seconds"].items():
+        stages.add_row(name, f"{seconds:.1f}")
+    stages.add_row("all", f"{sum(summary['seconds'].values()):.1f}")
+    out_console.print(stages)
+    _print_fields(
+        report=summary["report"],
+        model=f"{summary['model_uri']} (version {summary['model_version']})",
+        mlflow=f"{summary['mlflow_tracking_uri']} run {summary['mlflow_run_id']}",
+    )
+
+
+@app.command()
+def train(
+    recipe: str = typer.Argument(help="name of a shipped recipe, or a YAML file"),
+    out: str = typer.Option("runs/train", "--out", help="folder for shards and model"),
+    set_: list[str] = SET,
+    ray_address: str = RAY,
+) -> None:
+    """Packs and trains only; leaves the model in OUT/model."""
+    from cluster.pipeline import train_job
+    from cluster.recipe import load_recipe
+
+    result = train_job(load_recipe(recipe, set_ or ()), out, ray_address=ray_address)
+    table = Table("stage", "seconds", box=None, pad_edge=False)
+    for name, seconds in result["seconds"].items():
+        table.add_row(name, f"{seconds:.1f}")
+    out_console.print(table)
+    _print_fields(model=result["model"], mlflow=f"{result['mlflow_tracking_uri']} run {result['mlflow_run_id']}")
+
+
+@app.command()
+def sample(
+    model: str = typer.Argument(help="models:/NAME@ALIAS, or the --out folder of a run"),
+    n: int = typer.Option(64, "-n", min=1, help="number of samples"),
+    out: str = typer.Option(..., "--out", help="FILE.png for a picture, FILE.npy for the numbers"),
+    seed: int = typer.Option(0, min=0, help="the same seed gives the same samples"),
+    tracking_uri: str = TRACKING,
+) -> None:
+    """Draws samples from a model."""
+    import math
+
+    import numpy as np
+
+    from cluster.models import open_model
+    from data.storage import publish
+    from eval.canvas import is_image, save_png, tile
+    from eval.figures import sample_grid
+
+    if Path(out).suffix not in (".png", ".npy"):
+        raise UserError(f"--out {out}: give a file that ends in .png or .npy")
+    opened = open_model(model, tracking_uri)
+    samples = opened.sample(n, seed)
+    side = math.ceil(math.sqrt(n))
+    if Path(out).suffix == ".npy":
+        with publish(out) as handle:
+            np.save(handle, samples, allow_pickle=False)
+    elif is_image(samples.shape[1:]):
+        save_png(out, tile(samples, side))
+    else:
+        with publish(out) as handle:
+            handle.write(sample_grid(samples, side, side))
+    out_console.print(f"{n} samples of shape {samples.shape[1:]} in {out}")
+
+
+@app.command()
+def evaluate(
+    samples: str = typer.Argument(help="shards, a folder of images, a .npy/.npz file, or models:/NAME@ALIAS"),
+    reference: str = typer.Option(..., "--reference", help="the data to cover, in the same forms"),
+    bins: int = typer.Option(100, "--bins", min=2, help="number of K-means bins"),
+    z_threshold: float = typer.Option(None, "--z-threshold", help="a bin differs where |z| exceeds this"),
+    significance: float = typer.Option(None, "--significance", help="... or where p is below this (default 0.05)"),
+    seed: int = typer.Option(0, "--seed", min=0, help="fixes the bins, and the samples of a model"),
+    n: int = typer.Option(10_000, "-n", min=1, help="samples drawn, where SAMPLES is a model"),
+    split: str = typer.Option(None, "--split", help="split of SAMPLES, where it is a pack (default test)"),
+    reference_split: str = typer.Option("train", "--reference-split", help="split of REF, where it is a pack"),
+    max_samples: int = typer.Option(None, "--max-samples", help="random subset that K-means is fitted to"),
+    max_dimensions: int = typer.Option(None, "--max-dimensions", help="random subset of the features"),
+    n_init: int = typer.Option(10, "--n-init", min=1, help="K-means initialisations"),
+    whiten: bool = typer.Option(False, "--whiten", help="divide by the reference's standard deviation"),
+    as_json: bool = typer.Option(False, "--json", help="print one JSON object and nothing else"),
+    report: str = typer.Option(None, "--report", help="also write an HTML report to this file"),
+    tracking_uri: str = TRACKING,
+) -> None:
+    """Scores samples against a reference: which modes are missing? (NDB and JS divergence)"""
+    from cluster.judging import judge_samples
+    from eval.bins import BinSettings
+
+    settings = BinSettings(
+        n_bins=bins, max_samples=max_samples, max_dimensions=max_dimensions, n_init=n_init, whiten=whiten, seed=seed
+    )
+    evaluation = judge_samples(
+        samples,
+        reference,
+        settings,
+        split=split or "test",
+        reference_split=reference_split,
+        n=n,
+        z_threshold=z_threshold,
+        significance=significance,
+        tracking_uri=tracking_uri,
+        report=report,
+        quiet=as_json,
+    )
+    if as_json:
+        print(json.dumps(evaluation.to_dict()))
+        return
+    result = evaluation.result
+    table = Table("bin", "direction", "reference", "samples", "z", box=None, pad_edge=False)
+    for k in [k for k in result.by_evidence() if result.flagged[k]][:20]:
+        shares = (f"{100 * part[k]:.2f} %" for part in (result.reference_proportions, result.sample_proportions))
+        table.add_row(str(k), result.direction(k), *shares, f"{result.z[k]:+.1f}")
+    if result.ndb:
+        out_console.print(table)
+    _print_fields(
+        NDB=f"{result.ndb} of {result.bins} bins differ ({result.threshold}), NDB/K {result.ndb_over_k:.3f}",
+        JS=f"{result.js:.5f} nats",
+        samples=f"{evaluation.name}: {result.n_samples:,} against {result.n_reference:,} of {reference}",
+        **({"report": report} if report else {}),
+    )
+
+
+def _print_table(table: ReportTable) -> None:
+    shown = Table(*table.columns, box=None, pad_edge=False, title=table.title, title_justify="left")
+    for row in table.cells():
+        shown.add_row(*row)
+    out_console.print(shown)
+    out_console.print(table.note, style="dim")
+
+
+def _print_fields(**fields: Any) -> None:
+    width = max(len(name) for name in fields)
+    for name, value in fields.items():
+        out_console.print(f"{name:<{width}}  {value}", soft_wrap=True, highlight=False)
+
+
+def main() -> None:
+    """The entry point: one line and exit code 2 for what the user can mend; a traceback only with --debug."""
+    debug = "--debug" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    try:
+        app()
+    except UserError as error:
+        if debug:
+            raise
+        print(f"manymodes: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("manymodes: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        if debug:
+            raise
+        from data.errors import one_line
+
+        print(
+            f"manymodes: internal error: {type(error).__name__}: {one_line(error)} (--debug shows where)",
+            file=sys.stderr,
+        )
+        sys.exit(1)

@@ -1,0 +1,96 @@
+"""Progress of long work: a bar with rate and time left, also for work that runs in other processes."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+console = Console(stderr=True)
+
+
+class _RateColumn(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        unit = task.fields.get("unit", "it")
+        return Text("" if speed is None else f"{speed:,.0f} {unit}/s" if speed >= 10 else f"{speed:.1f} {unit}/s")
+
+
+@dataclass
+class Stages:
+    """The stages of a job: one progress bar each, and the seconds that each took."""
+
+    quiet: bool = False
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def stage(self, name: str, *, total: float | None = None, unit: str = "it") -> Iterator[Any]:
+        """Times a stage; yields `advance(done, total=None, text=None)` for its progress bar."""
+        began = time.perf_counter()
+        columns = (
+            TextColumn("{task.description:<28}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.percentage:>3.0f}%"),
+            _RateColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[text]}"),
+        )
+        with Progress(*columns, console=console, disable=self.quiet, refresh_per_second=5) as bar:
+            task = bar.add_task(name, total=total, unit=unit, text="")
+
+            def advance(done: float, total: float | None = None, text: str | None = None) -> None:
+                bar.update(task, completed=done, total=total)  # None leaves the total as it is
+                if text is not None:
+                    bar.update(task, text=text)
+
+            yield advance
+            known = bar.tasks[0].total
+            bar.update(task, completed=known if known is not None else 1, total=known if known is not None else 1)
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+
+
+@ray.remote(num_cpus=0)
+class _Board:
+    """Holds the latest progress that a remote process posted."""
+
+    def __init__(self) -> None:
+        self.latest: dict[str, Any] = {}
+
+    def post(self, values: dict[str, Any]) -> None:
+        self.latest = values
+
+    def read(self) -> dict[str, Any]:
+        return self.latest
+
+
+@contextlib.contextmanager
+def remote_progress(advance: Any) -> Iterator[Any]:
+    """An actor handle to which a remote process posts {"done", "text"}; a thread here moves the bar by it."""
+    board = _Board.remote()  # type: ignore[attr-defined]
+    over = threading.Event()
+
+    def follow() -> None:
+        while not over.wait(0.3):
+            with contextlib.suppress(Exception):  # a bar that stands still is no reason to end a job
+                latest = ray.get(board.read.remote(), timeout=5)
+                if latest:
+                    advance(latest["done"], text=latest.get("text"))
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield board
+    finally:
+        over.set()
+        thread.join(timeout=2)
+        ray.kill(board)

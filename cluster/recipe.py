@@ -1,0 +1,222 @@
+"""The whole recipe of the main job: each room's settings composed, read from YAML, changed by `--set key=value`."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from data.errors import UserError, one_line
+from data.sources import SourceOptions
+from eval.bins import BinSettings
+from trainer.settings import InitialisationSettings, ModelSettings, OptimiserSettings, Settings, TrainingSettings
+
+
+class DataSettings(Settings):
+    """Where the samples come from."""
+
+    source: str = Field(description="digits, mnist:FOLDER, images:FOLDER or array:FILE.npy|npz")
+    shards: str | None = Field(None, description="folder or URL of the packed shards; null puts them below --out")
+    rows_per_block: int = Field(1000, ge=1, description="rows in one tar member; fewer where rows are large")
+    options: SourceOptions = Field(default_factory=lambda: SourceOptions())
+
+
+class ScalingSettings(Settings):
+    """How the training job is placed on machines."""
+
+    workers: int = Field(2, ge=1, description="data-parallel workers")
+    cpus_per_worker: float = Field(1, gt=0, description="CPUs per worker")
+    gpus_per_worker: float = Field(0, ge=0, description="GPUs per worker; 0 trains on CPU")
+    max_failures: int = Field(3, ge=0, description="restarts of the worker group from its last checkpoint")
+    timeout_seconds: int = Field(1800, ge=10, description="a collective operation that takes longer has failed")
+
+
+class HierarchySettings(Settings):
+    """Splitting each root component into a mixture of its own, trained on the samples that belong to it."""
+
+    samples_per_component: int = Field(60, ge=1, description="training samples for each sub-component")
+    max_components: int = Field(100, ge=1, description="most sub-components of one root component")
+    n_factors: int = Field(6, ge=0, description="factors per sub-component")
+    steps: int = Field(200, ge=0, description="optimiser steps of each sub-mixture")
+    batch_size: int = Field(64, ge=1, description="samples per step; fewer where a component has fewer")
+    noise_prior_count: float = Field(
+        30.0, ge=0, description="pseudo-samples of the prior on the noise variances, at the parent's noise variances"
+    )
+    n_init: int = Field(3, ge=1, description="K-means initialisations")
+    optimiser: OptimiserSettings = Field(default_factory=lambda: OptimiserSettings())
+    cpus_per_task: float = Field(1, gt=0, description="CPUs per sub-mixture task")
+    gpus_per_task: float = Field(0, ge=0, description="GPUs per sub-mixture task")
+    max_retries: int = Field(3, ge=0, description="times a failed or killed task is tried again")
+
+
+class EvaluationSettings(Settings):
+    """How the trained model is judged."""
+
+    bins: BinSettings = Field(default_factory=lambda: BinSettings())
+    z_threshold: float | None = Field(None, gt=0, description="a bin differs where |z| exceeds this ...")
+    significance: float | None = Field(None, gt=0, lt=1, description="... or where its p-value is below this")
+    n_samples: int = Field(2000, ge=1, description="samples drawn from each model")
+    baselines: list[Literal["gaussian", "gaussian-mixture"]] = Field(
+        default_factory=list,
+        description="also judge a full-covariance Gaussian, and a mixture of them with model.n_components",
+    )
+    seed: int = Field(0, ge=0, description="fixes samples and dequantisation")
+
+    @model_validator(mode="after")
+    def _one_threshold(self) -> EvaluationSettings:
+        if self.z_threshold is not None and self.significance is not None:
+            raise ValueError("set z_threshold or significance, not both")
+        if self.z_threshold is None and self.significance is None:
+            self.__dict__["significance"] = 0.05
+        return self
+
+
+class TrackingSettings(Settings):
+    """Where the run is recorded."""
+
+    uri: str | None = Field(None, description="MLflow tracking URI; null takes MLFLOW_TRACKING_URI or ./mlflow.db")
+    experiment: str = Field("manymodes", min_length=1, description="MLflow experiment")
+
+
+class RegistrySettings(Settings):
+    """Under which name the model is registered."""
+
+    name: str | None = Field(
+        None, pattern=r"^[A-Za-z0-9._-]+$", description="registered model; null takes the recipe's name"
+    )
+    alias: str = Field("candidate", pattern=r"^[A-Za-z][A-Za-z0-9_-]*$", description="alias given to the new version")
+
+
+class Recipe(Settings):
+    """Everything that decides what a job computes."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the recipe, its runs and its model")
+    summary: str = Field("", description="one line for `manymodes recipes`")
+    data: DataSettings
+    model: ModelSettings = Field(default_factory=lambda: ModelSettings())
+    initialisation: InitialisationSettings = Field(default_factory=lambda: InitialisationSettings())
+    training: TrainingSettings = Field(default_factory=lambda: TrainingSettings())
+    scaling: ScalingSettings = Field(default_factory=lambda: ScalingSettings())
+    hierarchy: HierarchySettings | None = Field(None, description="split the root components; null keeps the root")
+    evaluation: EvaluationSettings = Field(default_factory=lambda: EvaluationSettings())
+    tracking: TrackingSettings = Field(default_factory=lambda: TrackingSettings())
+    registry: RegistrySettings = Field(default_factory=lambda: RegistrySettings())
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> Recipe:
+        lanes = self.training.lanes or self.scaling.workers
+        if self.training.batch_size % lanes or lanes % self.scaling.workers:
+            raise ValueError(
+                f"training.batch_size ({self.training.batch_size}) must be a multiple of the lanes ({lanes}), and "
+                f"these of scaling.workers ({self.scaling.workers})"
+            )
+        return self
+
+    @property
+    def splitting(self) -> HierarchySettings:
+        """The hierarchy's settings, for the code that runs only where there is one."""
+        if self.hierarchy is None:
+            raise ValueError("this recipe does not split its root components")
+        return self.hierarchy
+
+    @property
+    def model_name(self) -> str:
+        """The registered model's name."""
+        return self.registry.name or self.name
+
+    def fingerprint(self) -> str:
+        """SHA-256 of what decides the result of training; where it is recorded does not."""
+        document = self.model_dump(mode="json", exclude={"tracking", "registry", "summary"})
+        return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    folder = Path(str(files("trainer"))) / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a shipped recipe by name or a YAML file by path, and applies `key.sub=value` overrides.
+
+    Raises:
+        UserError: unknown recipe, unreadable YAML, unknown or mistyped fields; all faults in one line.
+    """
+    known = shipped_recipes()
+    path = known.get(name_or_path, Path(name_or_path))
+    if not path.is_file():
+        hint = _nearest(name_or_path, known)
+        raise UserError(
+            f"unknown recipe {name_or_path!r}{hint}: give a YAML file or one of {', '.join(known)} "
+            "(`manymodes recipes` lists them)"
+        )
+    try:
+        document = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"recipe {path} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(document, dict):
+        raise UserError(f"recipe {path} is not a mapping: it needs `name:`, `data:` and so on")
+    for override in overrides:
+        _apply(document, override)
+    try:
+        return Recipe.model_validate(document)
+    except ValidationError as error:
+        raise UserError(f"recipe {name_or_path}: {'; '.join(_explain(error))}") from error
+
+
+def _apply(document: dict[str, Any], override: str) -> None:
+    key, sign, text = override.partition("=")
+    if not sign or not key.strip():
+        raise UserError(f"--set {override!r} is not understood: write --set training.steps=500")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override!r}: the value is not valid YAML ({one_line(error)})") from error
+    *parents, last = key.strip().split(".")
+    place = document
+    for parent in parents:
+        if place.get(parent) is None:  # absent, or a group that the recipe leaves empty
+            place[parent] = {}
+        place = place[parent]
+        if not isinstance(place, dict):
+            raise UserError(f"--set {override!r}: {parent!r} is a value, not a group of fields")
+    place[last] = value
+
+
+def _explain(error: ValidationError) -> list[str]:
+    messages = []
+    for fault in error.errors():
+        path = [str(part) for part in fault["loc"]]
+        where = ".".join(path)
+        if fault["type"] == "extra_forbidden":
+            fields = _fields_at(path[:-1])
+            messages.append(f"unknown field {where!r}{_nearest(path[-1], fields)} (fields there: {', '.join(fields)})")
+        elif fault["type"] == "missing":
+            messages.append(f"{where!r} is missing")
+        else:
+            reason = fault["msg"].removeprefix("Value error, ")
+            got = "" if isinstance(fault["input"], dict) or not where else f", got {fault['input']!r}"
+            messages.append(f"{where + ': ' if where else ''}{reason}{got}")
+    return messages
+
+
+def _fields_at(path: Sequence[str]) -> list[str]:
+    """The known field names at a dotted place of the recipe."""
+    place: type[BaseModel] = Recipe
+    for part in path:
+        annotation = place.model_fields[part].annotation
+        choices = [annotation, *get_args(annotation)]
+        place = next(c for c in choices if isinstance(c, type) and issubclass(c, BaseModel))
+    return list(place.model_fields)
+
+
+def _nearest(name: str, known: Any) -> str:
+    match = difflib.get_close_matches(name, list(known), n=1)
+    return f", did you mean {match[0]!r}?" if match else ""

@@ -1,0 +1,224 @@
+"""The data-parallel training job: Ray Train starts the workers, watches them, and restarts them from checkpoints."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import torch
+from ray.train.collective import broadcast_from_rank_zero
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from cluster.recipe import Recipe
+from cluster.session import require_resources
+from data import storage
+from data.errors import UserError, one_line
+from data.manifest import Manifest, load_manifest
+from data.stream import ShardStream
+from trainer.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, save_model
+from trainer.engines import State, make_engine
+from trainer.initialise import initial_rows, initialise_mfa
+from trainer.loop import Callbacks, LogEntry, train
+from trainer.models.mfa import MFA
+from trainer.objectives.likelihood import MaximumLikelihood
+from trainer.players import make_player
+from trainer.settings import TRAIN_SPLIT
+from trainer.tracking import RunLogger
+
+
+def run_training(
+    recipe: Recipe,
+    manifest: Manifest,
+    *,
+    folder: str,
+    job: str,
+    tracking_uri: str | None,
+    run_id: str | None,
+    board: Any,
+) -> dict[str, Any]:
+    """Trains the recipe's (root) model over Ray Train's workers and leaves it in `folder`/model.
+
+    Called again with the same `job` and `folder`, it goes on from the last checkpoint.
+
+    Returns:
+        Rank 0's closing metrics: `loss`, `log_likelihood` (nats per sample), `samples_per_second`, `history`, the
+        (step, loss) pairs that were logged, and `ray_seconds`, what starting and stopping the workers took.
+
+    Raises:
+        UserError: the cluster is too small, the workers failed for a reason that the user can mend, or they failed
+            more often than scaling.max_failures allows.
+    """
+    scaling = recipe.scaling
+    require_resources(scaling.workers * scaling.cpus_per_worker, scaling.workers * scaling.gpus_per_worker)
+    resources = {"CPU": scaling.cpus_per_worker}
+    if scaling.gpus_per_worker:
+        resources["GPU"] = scaling.gpus_per_worker
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={
+            "recipe": recipe.model_dump(mode="json"),
+            "shards": manifest.base,
+            "folder": folder,
+            "tracking_uri": tracking_uri,
+            "run_id": run_id,
+            "board": board,
+        },
+        torch_config=TorchConfig(
+            backend="nccl" if scaling.gpus_per_worker else "gloo", timeout_s=scaling.timeout_seconds
+        ),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=scaling.workers, use_gpu=scaling.gpus_per_worker > 0, resources_per_worker=resources
+        ),
+        run_config=ray.train.RunConfig(
+            name=job,
+            storage_path=storage.join(folder, "checkpoints"),
+            failure_config=ray.train.FailureConfig(max_failures=scaling.max_failures, controller_failure_limit=3),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+            worker_runtime_env={} if scaling.gpus_per_worker else {"env_vars": {"DS_ACCELERATOR": "cpu"}},
+            logging_config=ray.train.LoggingConfig(log_level="ERROR"),
+        ),
+    )
+    began = time.time()
+    try:
+        result = trainer.fit()
+    except ray.train.WorkerGroupError as error:
+        raise _cause(error.worker_failures) from error
+    except ray.exceptions.RayError as error:
+        raise UserError(
+            f"the training job ended: {one_line(error)}; run the same command again to go on from the last checkpoint"
+        ) from error
+    outcome = dict(result.return_value)
+    if "user_error" in outcome:
+        raise UserError(outcome["user_error"])
+    outcome["ray_seconds"] = (outcome.pop("started") - began) + (time.time() - outcome.pop("ended"))
+    return outcome
+
+
+def _cause(failures: dict[int, BaseException]) -> Exception:
+    """The workers' own reason, if a user can act on it; else a line that names the rank."""
+    for failure in failures.values():
+        inner: BaseException | None = failure
+        while inner is not None:
+            if isinstance(inner, UserError):
+                return inner
+            inner = getattr(inner, "cause", None) or inner.__cause__
+    rank, first = next(iter(failures.items()))
+    last_line = (str(first).strip().splitlines() or [type(first).__name__])[-1]
+    return RuntimeError(f"training worker {rank} failed: {last_line}\n{first}")
+
+
+def _worker(config: dict[str, Any]) -> dict[str, Any]:
+    """One rank. A fault that only the user can mend is returned: an exception would be tried again in vain."""
+    started = time.time()
+    try:
+        return {**_train_rank(config), "started": started, "ended": time.time()}
+    except UserError as error:
+        return {"user_error": str(error)}
+
+
+def _train_rank(config: dict[str, Any]) -> dict[str, Any]:
+    """Stream, model, engine, loop; rank 0 also reports, records and writes."""
+    recipe = Recipe.model_validate(config["recipe"])
+    manifest = load_manifest(config["shards"])
+    context = ray.train.get_context()
+    rank, settings = context.get_world_rank(), recipe.training
+    device = ray.train.torch.get_device() if recipe.scaling.gpus_per_worker else torch.device("cpu")
+    lanes = settings.lanes or recipe.scaling.workers
+    stream = ShardStream(
+        manifest,
+        TRAIN_SPLIT,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        rank=rank,
+        world_size=context.get_world_size(),
+        lanes=lanes,
+        dequantise=settings.dequantises(manifest.levels),
+    )
+    found = _latest_checkpoint(stream.state())
+    model = build_model(recipe, manifest)
+    if found is None:
+        _initialise_on_rank_zero(model, recipe, manifest, rank, config["board"])
+    n_train = manifest.n_samples(TRAIN_SPLIT)
+    objective = MaximumLikelihood(make_player(model, settings.optimiser, settings.steps), n_train)
+    engine = make_engine(settings, device)
+    engine.attach(objective)
+
+    logger = RunLogger(config["tracking_uri"], config["run_id"]) if rank == 0 else RunLogger(None, None)
+    history: list[LogEntry] = []
+
+    def on_log(entry: LogEntry) -> None:
+        history.append(entry)
+        logger.metrics({f"train/{name}": value for name, value in entry.metrics.items()}, entry.step)
+        if rank == 0:
+            rate = entry.metrics["samples_per_second"]
+            _post(config["board"], entry.step, f"loss {entry.metrics['loss']:.3f}  {rate:,.0f} samples/s")
+
+    def on_checkpoint(step: int, state: State) -> None:
+        metrics = {"step": step}
+        if rank != 0:
+            ray.train.report(metrics)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            details = {"stream": stream.state(), "recipe": config["recipe"], "history": _plain(history)}
+            save_checkpoint(Path(folder), step, state, details)
+            checkpoint = ray.train.Checkpoint.from_directory(folder)
+            ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=f"step_{step:08d}")
+
+    if found is not None:
+        history = [LogEntry(entry["step"], entry["metrics"]) for entry in found.details["history"]]
+    state = train(
+        objective,
+        engine,
+        stream,
+        settings,
+        callbacks=Callbacks(on_log, on_checkpoint),
+        resume=(found.step, found.state) if found else None,
+    )
+    logger.flush()
+    if rank == 0:
+        final = build_model(recipe, manifest)
+        final.load_state_dict({name: state[f"model.module.{name}"] for name in final.state_dict()})
+        save_model(storage.join(config["folder"], "model"), final, recipe.model.family, manifest)
+    last = history[-1].metrics if history else {}
+    return {**last, "history": [(e["step"], e["metrics"].get("loss", 0.0)) for e in _plain(history)]}
+
+
+def _initialise_on_rank_zero(model: MFA, recipe: Recipe, manifest: Manifest, rank: int, board: Any) -> None:
+    """Rank 0 initialises (the engine then broadcasts); a failure there must reach the ranks that wait for it."""
+    problem = None
+    if rank == 0:
+        _post(board, 0, "K-means and factor analysis")
+        try:
+            rows = initial_rows(manifest, recipe.training, recipe.initialisation)
+            initialise_mfa(model, rows, recipe.initialisation, seed=recipe.training.seed)
+        except UserError as error:
+            problem = str(error)
+    problem = broadcast_from_rank_zero(problem)
+    if problem:
+        raise UserError(problem)
+
+
+def build_model(recipe: Recipe, manifest: Manifest) -> MFA:
+    """The untrained model of a recipe, for the manifest's sample shape."""
+    n_features = int(torch.tensor(manifest.shape).prod())
+    return MFA(recipe.model.n_components, n_features, recipe.model.n_factors, recipe.model.noise_floor)
+
+
+def _latest_checkpoint(stream: dict[str, Any]) -> Checkpoint | None:
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return None
+    with checkpoint.as_directory() as folder:
+        return load_checkpoint(Path(folder), stream)
+
+
+def _plain(history: list[LogEntry]) -> list[dict[str, Any]]:
+    return [{"step": e.step, "metrics": {k: float(v) for k, v in e.metrics.items()}} for e in history]
+
+
+def _post(board: Any, done: int, text: str) -> None:
+    if board is not None:
+        board.post.remote({"done": done, "text": text})

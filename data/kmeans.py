@@ -1,0 +1,153 @@
+"""K-means over samples: the only module that knows FAISS."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import faiss
+import numpy as np
+
+from data.errors import UserError
+
+_CHUNK_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class KMeansResult:
+    """Clusters of one fit.
+
+    Attributes:
+        centroids: [n_clusters, n_features_used] float32.
+        dimensions: [n_features_used] int64, the features that were used: all, or a sorted random subset.
+        objective: sum of squared distances from the fitted samples to their centroids.
+    """
+
+    centroids: np.ndarray
+    dimensions: np.ndarray
+    objective: float
+
+
+def fit(
+    x: np.ndarray,
+    n_clusters: int,
+    *,
+    n_init: int = 10,
+    n_iterations: int = 25,
+    max_samples: int | None = None,
+    max_dimensions: int | None = None,
+    seed: int = 0,
+    gpu: bool | None = None,
+) -> KMeansResult:
+    """Lloyd's algorithm from `n_init` random starts, of which the best is kept.
+
+    The result is a pure function of the arguments and the number of threads.
+
+    Args:
+        x: [n_samples, n_features], any real dtype; computed in float32.
+        n_clusters: K.
+        n_init: number of starts.
+        n_iterations: Lloyd iterations per start.
+        max_samples: fit on a random subset of so many samples; None means all of them.
+        max_dimensions: measure distances in a random subset of so many features; None means all of them.
+        seed: fixes the subsets and the starts.
+        gpu: True demands FAISS's GPUs, False forbids them, None uses all there are.
+
+    Raises:
+        UserError: fewer samples than clusters, a count below one, NaN or infinite values, or no GPU where
+            one is demanded.
+    """
+    if x.ndim != 2:
+        raise UserError(f"K-means needs samples as [n, features] but got the shape {x.shape}: flatten them first")
+    limits = {"n_clusters": n_clusters, "n_init": n_init, "n_iterations": n_iterations,
+              "max_samples": max_samples, "max_dimensions": max_dimensions}  # fmt: skip
+    for name, value in limits.items():
+        if value is not None and value < 1:
+            raise UserError(f"K-means: {name} is {value}: choose 1 or more")
+    rows = _subset(len(x), max_samples, [seed, 0])
+    dimensions = _subset(x.shape[1], max_dimensions, [seed, 1])
+    if len(rows) < n_clusters:
+        raise UserError(
+            f"K-means: {n_clusters} clusters need at least as many samples, but there are {len(rows)}: "
+            "ask for fewer clusters or give more samples"
+        )
+    if len(rows) < len(x):
+        x = x[rows]
+    if len(dimensions) < x.shape[1]:
+        x = x[:, dimensions]
+    points = np.ascontiguousarray(x, dtype=np.float32)
+    step = _chunk_rows(points.shape[1])
+    for start in range(0, len(points), step):
+        _check_finite(points[start : start + step], rows[start : start + step])
+    kmeans = faiss.Kmeans(
+        points.shape[1],
+        n_clusters,
+        niter=n_iterations,
+        nredo=n_init,
+        seed=seed & 0x7FFFFFFF,
+        gpu=_use_gpu(gpu),
+        # Below the first bound FAISS prints a warning, above the second it silently drops samples.
+        min_points_per_centroid=1,
+        max_points_per_centroid=-(-len(points) // n_clusters),
+    )
+    objective = float(kmeans.train(points))
+    return KMeansResult(np.array(kmeans.centroids, dtype=np.float32), dimensions, objective)
+
+
+def assign(x: np.ndarray, centroids: np.ndarray, gpu: bool | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """The nearest centroid of every sample.
+
+    Args:
+        x: [n_samples, n_features_used], already restricted to the dimensions of the fit; converted in chunks.
+        centroids: [n_clusters, n_features_used].
+        gpu: as in `fit`.
+
+    Returns:
+        int64 labels [n_samples] and float32 squared distances [n_samples].
+
+    Raises:
+        UserError: NaN or infinite samples, a different number of features, or no GPU where one is demanded.
+    """
+    if x.ndim != 2 or x.shape[1] != centroids.shape[1]:
+        raise UserError(
+            f"samples of shape {x.shape} do not fit centroids of {centroids.shape[1]} features: "
+            "use samples of the data set that the bins were made of"
+        )
+    index: Any = faiss.IndexFlatL2(centroids.shape[1])
+    if _use_gpu(gpu):
+        index = faiss.index_cpu_to_all_gpus(index)
+    index.add(np.ascontiguousarray(centroids, dtype=np.float32))
+    labels = np.empty(len(x), dtype=np.int64)
+    distances = np.empty(len(x), dtype=np.float32)
+    step = _chunk_rows(x.shape[1])
+    for start in range(0, len(x), step):
+        chunk = np.ascontiguousarray(x[start : start + step], dtype=np.float32)
+        _check_finite(chunk, np.arange(start, start + len(chunk)))
+        found, nearest = index.search(chunk, 1)
+        labels[start : start + step], distances[start : start + step] = nearest[:, 0], found[:, 0]
+    return labels, distances
+
+
+def _use_gpu(wanted: bool | None) -> bool:
+    available = faiss.get_num_gpus() > 0
+    if wanted and not available:
+        raise UserError("K-means should use a GPU but FAISS sees none: install faiss-gpu or set gpu to false")
+    return available if wanted is None else wanted
+
+
+def _subset(n: int, limit: int | None, key: list[int]) -> np.ndarray:
+    """Sorted indices [min(n, limit)] int64, drawn without replacement."""
+    if limit is None or limit >= n:
+        return np.arange(n)
+    return np.sort(np.random.default_rng(key).choice(n, limit, replace=False))
+
+
+def _chunk_rows(n_features: int) -> int:
+    return max(1, _CHUNK_BYTES // (4 * max(1, n_features)))
+
+
+def _check_finite(chunk: np.ndarray, rows: np.ndarray) -> None:
+    finite = np.isfinite(chunk)
+    if not finite.all():
+        row = rows[int(np.argmin(finite.all(axis=1)))]
+        raise UserError(f"K-means: sample {row} holds NaN or infinite values: remove it or repair its source")

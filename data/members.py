@@ -1,0 +1,129 @@
+"""Members of shards: blocks of samples as .npy files, or one large image as PNG; encoding, checking, decoding."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import math
+import zlib
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+from PIL import Image
+
+from data import storage
+from data.manifest import Manifest, ShardRecord, damaged
+
+_BLOCK_BYTES = 1 << 20
+# Larger images are stored one per member, as PNG: a block would no longer save much.
+_SINGLE_BYTES = 100_000
+
+Block = dict[str, np.ndarray]
+
+
+def read_member(manifest: Manifest, shard: ShardRecord, number: int) -> Block:
+    """One member of a shard, checked and decoded: "x" [rows, *shape], perhaps "label" [rows] int64.
+
+    All of its files are fetched by one request, as they lie side by side.
+
+    Raises:
+        UserError: the bytes are not those of the manifest.
+    """
+    rows, fields = shard.members[number]
+    start = min(offset for offset, _, _ in fields.values())
+    stop = max(offset + length for offset, length, _ in fields.values())
+    data = memoryview(storage.read_range(manifest.shard_url(shard), start, stop - start))
+    block = {}
+    for field, (offset, length, checksum) in fields.items():
+        content = data[offset - start : offset - start + length]
+        if len(content) != length or zlib.crc32(content) != checksum:
+            raise damaged(manifest, shard, f"member {number}, {field}")
+        try:
+            name, block[_name_of(field)] = _name_of(field), _decode(field, content)
+        except (ValueError, OSError, Image.DecompressionBombError) as error:
+            raise damaged(manifest, shard, f"member {number}, {field}: {error}") from error
+        if len(block[name]) != rows:
+            raise damaged(manifest, shard, f"member {number}, {field}: {len(block[name])} rows instead of {rows}")
+    if "x" not in block or block["x"].shape[1:] != manifest.shape or block["x"].dtype != manifest.dtype:
+        raise damaged(manifest, shard, f"member {number} does not hold samples of shape {manifest.shape}")
+    return block
+
+
+def parse_npy(data: bytes | memoryview) -> np.ndarray:
+    """The array of a .npy file in memory.
+
+    Raises:
+        ValueError: damaged, announcing another size than it has, or holding Python objects.
+    """
+    stream = io.BytesIO(data[:70_000])  # room for any header of version 1
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    version = np.lib.format.read_magic(stream)
+    if version not in readers:
+        raise ValueError(f"npy version {version} is not read")
+    shape, by_column, dtype = readers[version](stream)
+    if dtype.hasobject:
+        raise ValueError("an array of Python objects is never read")
+    # Compared before anything is allocated: a header can announce more than the machine has.
+    if math.prod(shape) * dtype.itemsize != len(data) - stream.tell():
+        raise ValueError(f"the header announces the shape {shape}, the data is {len(data) - stream.tell()} bytes")
+    flat = np.frombuffer(data, dtype, offset=stream.tell())
+    return flat.reshape(shape, order="F" if by_column else "C").copy()
+
+
+def _name_of(field: str) -> str:
+    return {"png": "x", "cls": "label"}.get(field, field.removesuffix(".npy"))
+
+
+def _decode(field: str, content: memoryview) -> np.ndarray:
+    if field == "png":
+        with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
+            pixels = np.asarray(image)
+        return pixels.reshape(1, *pixels.shape[:2], -1)
+    if field == "cls":
+        return np.array([int(bytes(content))], dtype=np.int64)
+    return parse_npy(content)
+
+
+def encode(block: Block) -> dict[str, bytes]:
+    """{field: bytes} of one member, in the extensions that WebDataset knows."""
+    x = block["x"]
+    if len(x) == 1 and x.nbytes > _SINGLE_BYTES and x.dtype == np.uint8 and x.ndim == 4 and x.shape[3] in (1, 3):
+        stream = io.BytesIO()
+        Image.fromarray(x[0, :, :, 0] if x.shape[3] == 1 else x[0]).save(stream, "PNG")
+        fields = {"png": stream.getvalue()}
+        if "label" in block:
+            fields["cls"] = str(int(block["label"][0])).encode()
+        return fields
+    fields = {}
+    for name, values in block.items():
+        stream = io.BytesIO()
+        np.lib.format.write_array(stream, np.ascontiguousarray(values), allow_pickle=False)
+        fields[f"{name}.npy"] = stream.getvalue()
+    return fields
+
+
+def block_rows(shape: tuple[int, ...], dtype: str, limit: int) -> int:
+    """Samples per member: `limit`, fewer where a block would exceed a mebibyte, one above 100 kB each."""
+    row_bytes = max(1, math.prod(shape) * np.dtype(dtype).itemsize)
+    return 1 if row_bytes > _SINGLE_BYTES else max(1, min(limit, _BLOCK_BYTES // row_bytes))
+
+
+def regroup(blocks: Iterable[Block], limit: int) -> Iterator[Block]:
+    """The same rows in blocks of even size, whatever the sizes that come in."""
+    waiting: list[Block] = []
+    n_waiting = 0
+    for block in itertools.chain(blocks, [None]):
+        if block is not None:
+            waiting.append(block)
+            n_waiting += len(block["x"])
+        if not n_waiting:
+            continue
+        x = waiting[0]["x"]
+        rows = block_rows(x.shape[1:], x.dtype.str, limit)
+        if n_waiting < rows and block is not None:
+            continue
+        joined = {name: np.concatenate([part[name] for part in waiting]) for name in waiting[0]}
+        stop = n_waiting if block is None else n_waiting // rows * rows
+        for start in range(0, stop, rows):
+            yield {name: values[start : min(start + rows, stop)] for name, values in joined.items()}
+        waiting, n_waiting = [{name: values[stop:] for name, values in joined.items()}], n_waiting - stop

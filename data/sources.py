@@ -1,0 +1,252 @@
+"""Where samples come from: built-in data sets, MNIST's files, folders of images, and NumPy arrays."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from data import images
+from data.errors import UserError, io_error
+from data.storage import local_folder
+
+SPECS = "digits, mnist:FOLDER, images:FOLDER, array:FILE.npy, array:FILE.npz"
+
+
+class SourceOptions(BaseModel):
+    """How a source is cut into splits and its images into shape."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    test_fraction: float = Field(0.2, ge=0, lt=1, description="share held out if there is no test split")
+    seed: int = Field(0, ge=0, description="fixes the held-out share, the subset and the order")
+    size: int | None = Field(None, ge=1, description="images: cut to a central square of so many pixels")
+    crop: tuple[int, int, int, int] | None = Field(None, description="images: box (left, top, right, bottom)")
+    grey: bool | None = Field(None, description="images: one channel; unset means so if every image is grey")
+    max_samples: int | None = Field(None, ge=1, description="a random subset of each split, for trials")
+    shuffle: bool = Field(True, description="shuffle the training split, so that sorted sources mix")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One split of a source: `take(rows) -> [len(rows), *shape]` reads samples, `rows` [n] int64 chooses them."""
+
+    take: Callable[[np.ndarray], np.ndarray]
+    rows: np.ndarray
+    labels: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """Samples of one shape and dtype, in named splits, read block by block.
+
+    Attributes:
+        spec: what it was opened from; `options`: the options that were set.
+        shape: of one sample: (height, width, channels) for images, (n_features,) for vectors.
+        dtype: uint8 or float32.
+        levels: number of values of a pixel, or None for real numbers.
+        class_names: name of each label, where known.
+    """
+
+    name: str
+    spec: str
+    shape: tuple[int, ...]
+    dtype: str
+    levels: int | None
+    class_names: tuple[str, ...] | None
+    parts: dict[str, Part]
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def splits(self) -> dict[str, int]:
+        """Samples per split."""
+        return {split: len(part.rows) for split, part in self.parts.items()}
+
+    def blocks(self, split: str, rows: int) -> Iterator[dict[str, np.ndarray]]:
+        """Blocks of at most `rows` samples: "x" [rows, *shape] and, where known, "label" [rows] int64."""
+        if split not in self.parts:
+            raise UserError(f"{self.spec} has no split {split!r}: choose one of {', '.join(self.parts)}")
+        part = self.parts[split]
+        for start in range(0, len(part.rows), rows):
+            chosen = part.rows[start : start + rows]
+            block = {"x": np.ascontiguousarray(part.take(chosen), dtype=self.dtype)}
+            if part.labels is not None:
+                block["label"] = part.labels[chosen].astype(np.int64)
+            yield block
+
+
+def open_source(spec: str, options: SourceOptions | None = None) -> Source:
+    """Opens a source; samples are read when blocks are asked for.
+
+    Args:
+        spec: `digits` (8x8 images of scikit-learn, 17 levels), `mnist:FOLDER` (IDX files, gzipped or not),
+            `images:FOLDER` (a tree of PNG and JPEG files; the folder that an image lies in is its class; folders
+            `train`, `test` and `validation` at the top are splits), or `array:FILE` (.npy, or .npz with `x` and
+            perhaps `y`, `label` or `labels`).
+        options: defaults where None.
+
+    Raises:
+        UserError: unknown spec, missing or damaged files, samples of different shapes, NaN or infinite values.
+    """
+    options = options or SourceOptions()
+    kind, _, place = spec.partition(":")
+    openers = {"mnist": _open_mnist, "images": _open_images, "array": _open_array}
+    if spec == "digits":
+        source = _open_digits(options)
+    elif kind in openers and place:
+        source = openers[kind](spec, place, options)
+    else:
+        raise UserError(f"unknown source {spec!r}: choose one of {SPECS}")
+    # Defaults are left out, so that a pack's manifest does not change when an option is added.
+    chosen = options.model_dump(mode="json", exclude_defaults=True)
+    return replace(source, options=chosen)
+
+
+def _divide(given: dict[str, Part], options: SourceOptions) -> dict[str, Part]:
+    """The splits, `train` first: a lone one gives its held-out share to `test`; then subsets and order."""
+    parts = dict(given)
+    if len(given) == 1 and options.test_fraction:
+        (split, part), n = next(iter(given.items())), len(next(iter(given.values())).rows)
+        # At least one sample stays on either side.
+        held = min(max(1, round(n * options.test_fraction)), n - 1)
+        mixed = np.random.default_rng([options.seed, 0]).permutation(part.rows)
+        if held:
+            parts[split] = replace(part, rows=np.sort(mixed[held:]))
+            parts["test"] = replace(part, rows=np.sort(mixed[:held]))
+    for number, split in enumerate(sorted(parts)):
+        rows = parts[split].rows
+        rng = np.random.default_rng([options.seed, 1, number])
+        if options.max_samples is not None and options.max_samples < len(rows):
+            rows = np.sort(rng.choice(rows, options.max_samples, replace=False))
+        if options.shuffle and split == "train":
+            rows = rng.permutation(rows)
+        parts[split] = replace(parts[split], rows=rows)
+    return {split: parts[split] for split in sorted(parts, key=lambda name: (name != "train", name))}
+
+
+def _whole(x: np.ndarray, labels: np.ndarray | None) -> Part:
+    return Part(x.__getitem__, np.arange(len(x)), labels)
+
+
+def _open_digits(options: SourceOptions) -> Source:
+    from sklearn.datasets import load_digits  # only this source pays for the import
+
+    digits = load_digits()
+    x = digits.images.astype(np.uint8)[..., None]
+    parts = _divide({"train": _whole(x, digits.target)}, options)
+    return Source("digits", "digits", x.shape[1:], "uint8", 17, tuple("0123456789"), parts)
+
+
+def _open_mnist(spec: str, place: str, options: SourceOptions) -> Source:
+    folder = local_folder(place)
+    given = {}
+    for split, prefix in (("train", "train"), ("test", "t10k")):
+        x = _read_idx(folder, f"{prefix}-images", 3)[..., None]
+        labels = _read_idx(folder, f"{prefix}-labels", 1)
+        if len(x) != len(labels) or not len(x):
+            raise UserError(f"{folder}: {len(x)} {split} images but {len(labels)} labels: fetch the files again")
+        given[split] = _whole(x, labels)
+    return Source("mnist", spec, x.shape[1:], "uint8", 256, tuple("0123456789"), _divide(given, options))
+
+
+def _read_idx(folder: Path, stem: str, n_dimensions: int) -> np.ndarray:
+    """An IDX file of bytes: the magic 0x0000080D for D dimensions, their sizes (big-endian), the values."""
+    names = [f"{stem}{dot}idx{n_dimensions}-ubyte{end}" for dot in "-." for end in ("", ".gz")]
+    path = next((folder / name for name in names if (folder / name).is_file()), None)
+    if path is None:
+        raise UserError(f"{folder}: no file {' or '.join(names)}: name the folder that holds the four MNIST files")
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{path}: truncated or damaged gzip file ({error}): fetch it again") from error
+    except OSError as error:
+        raise io_error(error, str(path), "read") from error
+    header = 4 + 4 * n_dimensions
+    if data[:4] != bytes([0, 0, 8, n_dimensions]) or len(data) < header:
+        raise UserError(f"{path}: not an IDX file of bytes with {n_dimensions} dimensions: fetch it again")
+    shape = [int(size) for size in np.frombuffer(data, ">u4", n_dimensions, 4)]
+    if len(data) - header != math.prod(shape):
+        raise UserError(
+            f"{path}: {len(data) - header} bytes of data, its header says {math.prod(shape)}: fetch it again"
+        )
+    return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
+
+
+def _open_images(spec: str, place: str, options: SourceOptions) -> Source:
+    folder = local_folder(place)
+    trees = images.find_trees(folder)
+    classes = images.class_names(trees)
+    # One list for all splits: a row is a place in it.
+    files = [root / name for root, names in trees.values() for name in names]
+    labels = None if classes is None else np.searchsorted(classes, [file.parent.name for file in files])
+    given, start = {}, 0
+    for split, (_, names) in trees.items():
+        rows = np.arange(start, start + len(names))
+        given[split] = Part(lambda rows: np.stack([images.load(files[row], shaping) for row in rows]), rows, labels)
+        start += len(names)
+    parts = _divide(given, options)
+    used = np.sort(np.concatenate([part.rows for part in parts.values()]))
+    shaping = images.plan([files[row] for row in used], options.size, options.crop, options.grey)
+    return Source(folder.name, spec, shaping.shape, "uint8", 256, classes, parts)
+
+
+def _open_array(spec: str, place: str, options: SourceOptions) -> Source:
+    path = local_folder(place)
+    x, labels = _read_arrays(path)
+    if x.ndim < 2 or 0 in x.shape:
+        raise UserError(f"{path}: no samples in an array of shape {x.shape}: give [n, ...], none of them zero")
+    real = x.dtype.kind == "f"
+    if not real and x.dtype != np.uint8:
+        raise UserError(f"{path}: values of type {x.dtype}: save them as uint8 (0 to 255) or as float32")
+    if labels is not None and (labels.dtype.kind not in "iu" or labels.shape != x.shape[:1]):
+        raise UserError(
+            f"{path}: labels are {labels.dtype} of shape {labels.shape}: give {len(x)} integers, one per sample"
+        )
+    parts = _divide({"train": _whole(x, labels)}, options)
+    if real:
+        for part in parts.values():
+            _check_finite(path, x, np.sort(part.rows))
+    return Source(path.stem, spec, x.shape[1:], "float32" if real else "uint8", None if real else 256, None, parts)
+
+
+def _read_arrays(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """x, memory-mapped where the file allows, and labels where there are any."""
+    if path.suffix not in (".npy", ".npz"):
+        raise UserError(f"{path}: an array must be a .npy or .npz file: save it with numpy.save")
+    try:
+        if path.suffix == ".npy":
+            return np.load(path, mmap_mode="r", allow_pickle=False), None
+        with np.load(path, allow_pickle=False) as archive:
+            label_keys = [key for key in ("y", "label", "labels") if key in archive.files]
+            others = [key for key in archive.files if key not in label_keys]
+            if "x" not in others and len(others) != 1:
+                found = ", ".join(archive.files) or "nothing"
+                raise UserError(f"{path}: holds {found}: name the array of samples x")
+            labels = archive[label_keys[0]] if label_keys else None
+            return archive["x" if "x" in others else others[0]], labels
+    except OSError as error:
+        raise io_error(error, str(path), "read") from error
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        objects = "object" in str(error).lower() or "pickle" in str(error)
+        reason = "holds Python objects" if objects else "truncated or not a NumPy file"
+        raise UserError(f"{path}: {reason}: save plain numbers with numpy.save or numpy.savez") from error
+
+
+def _check_finite(path: Path, x: np.ndarray, rows: np.ndarray) -> None:
+    step = max(1, (8 << 20) // max(1, x[0].nbytes))
+    for start in range(0, len(rows), step):
+        # In the type that is stored: a float64 beyond the range of float32 becomes infinite.
+        with np.errstate(over="ignore"):
+            chunk = x[rows[start : start + step]].astype(np.float32).reshape(len(rows[start : start + step]), -1)
+        finite = np.isfinite(chunk).all(axis=1)
+        if not finite.all():
+            row = rows[start + int(np.argmin(finite))]
+            raise UserError(f"{path}: row {row} holds NaN or infinite values (as float32): remove or repair it")

@@ -1,0 +1,193 @@
+"""Files at local paths and fsspec URLs: which ones are allowed, reading, and writing whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import posixpath
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import fsspec
+
+from data.errors import UserError, io_error
+
+# Schemes that only move bytes. `pipe:` would run a shell command; chained URLs (`a::b`) could smuggle one in.
+ALLOWED_SCHEMES = ("file", "s3", "gs", "gcs", "abfs", "az", "hdfs", "http", "https", "memory")
+_SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.\-]*):")
+
+
+def check_url(url: str) -> str:
+    """Returns `url` with local paths made absolute; refuses anything that is not a plain path or an allowed scheme.
+
+    Raises:
+        UserError: an empty URL, a chained URL, or a scheme outside `ALLOWED_SCHEMES` (above all `pipe:`).
+    """
+    text = str(url).strip()
+    if not text:
+        raise UserError("an empty path was given: name a folder, a file or a URL")
+    if "::" in text:
+        raise UserError(f"refused {text!r}: chained URLs are not allowed; give one plain path or URL")
+    scheme = _SCHEME.match(text)
+    if scheme is None:
+        return os.path.abspath(os.path.expanduser(text))
+    if scheme.group(1).lower() not in ALLOWED_SCHEMES:
+        raise UserError(
+            f"refused {text!r}: shards are never read through {scheme.group(1)!r}; "
+            f"use a path or one of {', '.join(ALLOWED_SCHEMES)}"
+        )
+    if scheme.group(1).lower() == "file":
+        return os.path.abspath(re.sub(r"^file:(//)?", "", text, flags=re.IGNORECASE))
+    return text
+
+
+def is_local(url: str) -> bool:
+    """Whether a checked URL is a path on this machine."""
+    return _SCHEME.match(url) is None
+
+
+def join(base: str, *names: str) -> str:
+    """Joins names below a folder given as path or URL; refuses names that would leave the folder."""
+    for name in names:
+        if name.startswith("/") or ".." in name.split("/") or _SCHEME.match(name):
+            raise UserError(f"refused the name {name!r} below {base}: it points outside of the folder")
+    return posixpath.join(base, *names)
+
+
+def filesystem(url: str) -> tuple[Any, str]:
+    """The fsspec file system of a checked URL and the path in it.
+
+    Raises:
+        UserError: the scheme needs a package that is not installed (s3fs, gcsfs, ...).
+    """
+    try:
+        fs, path = fsspec.core.url_to_fs(check_url(url))
+    except (ImportError, ValueError) as error:
+        raise UserError(f"cannot use {url}: {error}") from error
+    return fs, path
+
+
+@contextlib.contextmanager
+def open_read(url: str) -> Iterator[IO[bytes]]:
+    """Opens a file for reading bytes, with random access where the store offers it."""
+    try:
+        fs, path = filesystem(url)
+        handle = fs.open(path, "rb")
+    except OSError as error:
+        raise io_error(error, url, "read") from error
+    with handle:
+        yield handle
+
+
+def read_bytes(url: str) -> bytes:
+    """The whole file."""
+    with open_read(url) as handle:
+        return handle.read()
+
+
+def read_range(url: str, offset: int, length: int) -> bytes:
+    """`length` bytes from `offset` on in one request; fewer where the file ends before."""
+    try:
+        fs, path = filesystem(url)
+        return bytes(fs.cat_file(path, start=offset, end=offset + length))
+    except OSError as error:
+        raise io_error(error, url, "read") from error
+
+
+@contextlib.contextmanager
+def publish(url: str) -> Iterator[IO[bytes]]:
+    """Writes a file that appears whole or not at all: beside its place and renamed, or committed by the store.
+
+    Raises:
+        UserError: the disk is full, the place may not be written, ...
+    """
+    fs, path = filesystem(url)
+    local = is_local(check_url(url))
+    target = f"{path}.partial-{os.getpid()}" if local else path
+    handle: Any = None
+    try:
+        if local:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            handle = open(target, "wb")  # noqa: SIM115 (closed on both ways out, below)
+        else:
+            handle = fs.open(path, "wb", autocommit=False)
+        yield handle
+        handle.close()
+        if local:
+            os.replace(target, path)
+        else:
+            handle.commit()
+    except BaseException as error:
+        if handle is not None:
+            with contextlib.suppress(Exception):
+                handle.close()
+            with contextlib.suppress(Exception):
+                os.unlink(target) if local else handle.discard()
+        if isinstance(error, OSError):
+            raise io_error(error, url, "write") from error
+        raise
+
+
+def write_text(url: str, text: str) -> None:
+    """Writes a text file whole or not at all."""
+    with publish(url) as handle:
+        handle.write(text.encode())
+
+
+def exists(url: str) -> bool:
+    """Whether a file or folder is there."""
+    fs, path = filesystem(url)
+    return bool(fs.exists(path))
+
+
+def names(url: str) -> list[str]:
+    """Sorted names of what lies in a folder; empty where there is no such folder."""
+    fs, path = filesystem(url)
+    try:
+        # A store may answer from memory what another process has changed since.
+        fs.invalidate_cache(path)
+        return sorted(posixpath.basename(str(entry).rstrip("/")) for entry in fs.ls(path, detail=False))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise io_error(error, url, "list") from error
+
+
+def size(url: str) -> int:
+    """Bytes of a file."""
+    fs, path = filesystem(url)
+    try:
+        return int(fs.size(path))
+    except OSError as error:
+        raise io_error(error, url, "read") from error
+
+
+def sha256(url: str) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open_read(url) as handle:
+        while chunk := handle.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def remove(url: str) -> None:
+    """Removes a file or a folder with all that is in it; nothing happens where there is none."""
+    fs, path = filesystem(url)
+    with contextlib.suppress(FileNotFoundError):
+        fs.rm(path, recursive=True)
+
+
+def local_folder(url: str) -> Path:
+    """A checked URL as a local folder.
+
+    Raises:
+        UserError: the URL is not on this machine.
+    """
+    checked = check_url(url)
+    if not is_local(checked):
+        raise UserError(f"{url} is not a local folder: give a path on this machine")
+    return Path(checked)

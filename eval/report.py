@@ -1,0 +1,110 @@
+"""The evaluation report: one HTML file that carries its pictures and asks nothing of the network."""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+_NUMBER = re.compile(r"^[+\-−±<>≤≥~ ]*\d[\d.,eE+\-−±%/ ]*( ?[a-zA-Zµ%/]{1,8})?$|^[–—-]$|^$")
+
+
+@dataclass(frozen=True)
+class ReportTable:
+    """A table: column headings, rows of text or numbers (None is shown as a dash), and a line of small print."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str | float | None]]
+    note: str = ""
+
+    def cells(self) -> list[list[str]]:
+        """Rows as text: whole numbers with thousands separated, others to four significant digits."""
+        return [[_spelled(cell) for cell in row] for row in self.rows]
+
+    def numeric(self) -> list[bool]:
+        """Whether a column holds only numbers, which are aligned at the right."""
+        return [all(_NUMBER.match(row[i]) for row in self.cells()) and i > 0 for i in range(len(self.columns))]
+
+
+@dataclass(frozen=True)
+class ReportFigure:
+    """A picture as PNG bytes, with its caption and the text for those who cannot see it."""
+
+    title: str
+    png: bytes
+    caption: str
+    alt: str
+
+    def uri(self) -> str:
+        """The picture as a data URI."""
+        return "data:image/png;base64," + base64.b64encode(self.png).decode()
+
+
+@dataclass(frozen=True)
+class ReportSection:
+    """A heading, a paragraph, and figures below each other, or `beside` each other in a wide window."""
+
+    title: str
+    text: str = ""
+    figures: Sequence[ReportFigure] = field(default_factory=tuple)
+    beside: bool = False
+
+
+def render_report(
+    title: str,
+    summary: ReportTable,
+    sections: Sequence[ReportSection],
+    facts: Mapping[str, Any],
+    stages: ReportTable | None = None,
+    lead: str = "",
+) -> str:
+    """The report as HTML: headline table, sections, then the protocol (`facts`) and the timings (`stages`).
+
+    Everything is escaped; styles and pictures are in the file, and its content security policy forbids the rest.
+
+    Args:
+        lead: a sentence or two under the title: what was judged, against what, and the finding.
+
+    Raises:
+        ValueError: a table row with another number of cells than the table has columns.
+    """
+    for table in (summary, *([stages] if stages else [])):
+        for row in table.rows:
+            if len(row) != len(table.columns):
+                raise ValueError(f"table {table.title!r}: {len(row)} cells under {len(table.columns)} columns")
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.j2").render(
+        title=title,
+        lead=lead,
+        summary=summary,
+        sections=sections,
+        facts={key.replace("_", " "): str(v) if key == "seed" else _spelled(v) for key, v in facts.items()},
+        stages=stages,
+    )
+
+
+def _spelled(value: Any) -> str:
+    """A value as a reader expects it."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
+    if isinstance(value, (list, tuple)):
+        return " × ".join(_spelled(item) for item in value)
+    return str(value)

@@ -1,0 +1,116 @@
+"""What is stored: training checkpoints and finished models, as safetensors and readable JSON."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from data import storage
+from data.errors import UserError, one_line
+from data.manifest import Manifest
+from trainer.engines import State
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Steps done, the engine's state, and what the run was (recipe, lanes, ...)."""
+
+    step: int
+    state: State
+    details: dict[str, Any]
+
+
+def save_checkpoint(folder: Path, step: int, state: State, details: dict[str, Any]) -> None:
+    """Writes a checkpoint into an existing folder; the JSON is written last and makes it complete."""
+    with storage.publish(str(folder / "state.safetensors")) as handle:
+        handle.write(save_tensors({name: value.contiguous() for name, value in state.items()}))
+    document = {"format": FORMAT, "step": step, **details}
+    storage.write_text(str(folder / "checkpoint.json"), json.dumps(document, indent=1))
+
+
+def load_checkpoint(folder: Path, stream: dict[str, Any]) -> Checkpoint:
+    """Reads a checkpoint made by any engine on any number of workers.
+
+    Raises:
+        UserError: it is missing or damaged, or its `stream` (what the order of the data depends on) was another:
+            going on would silently train on other batches.
+    """
+    document = _read_json(str(folder / "checkpoint.json"))
+    if document.get("format") != FORMAT:
+        raise UserError(f"checkpoint {folder}: format {document.get('format')} is not known; start a new run")
+    then = document.get("stream", {})
+    for name, value in stream.items():
+        if then.get(name) != value:
+            raise UserError(
+                f"checkpoint {folder}: the data's {name} was {then.get(name)}, now it is {value}; "
+                "set it back, or choose another output folder for a new run"
+            )
+    state = _read_tensors(str(folder / "state.safetensors"))
+    return Checkpoint(int(document.pop("step")), state, document)
+
+
+def save_model(folder: str, model: nn.Module, family: str, manifest: Manifest) -> None:
+    """Writes a finished model: `weights.safetensors`, then `model.json` with its family, settings and data.
+
+    Args:
+        folder: path or URL.
+        model: a model with a `config` of plain values.
+        family: its file in trainer/models.
+        manifest: the data that it was trained on; shape, levels and fingerprint are kept.
+    """
+    data = {
+        "name": manifest.name,
+        "shape": list(manifest.shape),
+        "levels": manifest.levels,
+        "fingerprint": manifest.fingerprint,
+    }
+    tensors: dict[str, Tensor] = {name: v.detach().cpu().contiguous() for name, v in model.state_dict().items()}
+    with storage.publish(storage.join(folder, "weights.safetensors")) as handle:
+        handle.write(save_tensors(tensors))
+    document = {"format": FORMAT, "family": family, "arguments": model.config, "data": data}
+    storage.write_text(storage.join(folder, "model.json"), json.dumps(document, indent=1))
+
+
+def load_model(folder: str) -> tuple[Any, dict[str, Any]]:
+    """The model stored in a folder (in evaluation mode) and its `model.json`.
+
+    Raises:
+        UserError: the folder holds no model, or a damaged one.
+    """
+    base = storage.check_url(folder)
+    document = _read_json(storage.join(base, "model.json"))
+    try:
+        family = importlib.import_module(f"trainer.models.{document['family']}")
+        model = family.MODEL(**document["arguments"])
+        model.load_state_dict(_read_tensors(storage.join(base, "weights.safetensors")))
+    except (KeyError, ImportError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"model {folder}: cannot be loaded ({one_line(error)}); train it again") from error
+    return model.eval(), document
+
+
+def _read_json(url: str) -> dict[str, Any]:
+    try:
+        document = json.loads(storage.read_bytes(url))
+    except ValueError as error:
+        raise UserError(f"{url} is damaged ({error}); start from an earlier or a new run") from error
+    if not isinstance(document, dict):
+        raise UserError(f"{url} is damaged: it is not a JSON object; start from an earlier or a new run")
+    return document
+
+
+def _read_tensors(url: str) -> dict[str, torch.Tensor]:
+    try:
+        return dict(load_tensors(storage.read_bytes(url)))
+    except SafetensorError as error:
+        raise UserError(f"{url} is damaged ({one_line(error)}); start from an earlier or a new run") from error

@@ -1,0 +1,44 @@
+"""Builds a player from a network and its optimiser settings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from trainer.objectives import Player
+from trainer.settings import OptimiserSettings
+
+
+def make_player(module: nn.Module, settings: OptimiserSettings, steps: int) -> Player:
+    """A player whose learning rate follows the settings' schedule over `steps` steps.
+
+    Only element-wise update rules are offered: ZeRO flattens parameters, which others would not notice.
+    """
+    s = settings
+    parameters = list(module.parameters())
+    optimiser: torch.optim.Optimizer
+    if s.name == "adam":
+        optimiser = torch.optim.Adam(parameters, s.learning_rate, betas=(s.beta1, s.beta2))
+    elif s.name == "rmsprop":
+        optimiser = torch.optim.RMSprop(parameters, s.learning_rate, alpha=s.beta2, momentum=s.beta1)
+    else:
+        optimiser = torch.optim.SGD(parameters, s.learning_rate, momentum=s.beta1)
+    return Player(module, optimiser, learning_rate_schedule(s, steps), s.gradient_clip)
+
+
+def learning_rate_schedule(settings: OptimiserSettings, steps: int) -> Callable[[int], float]:
+    """The learning rate at each step: linear warm-up, then constant or a half cosine down to zero at `steps`."""
+    s = settings
+
+    def rate(step: int) -> float:
+        if step < s.warmup_steps:
+            return s.learning_rate * (step + 1) / s.warmup_steps
+        if s.schedule == "constant":
+            return s.learning_rate
+        done = (step - s.warmup_steps) / max(1, steps - s.warmup_steps)
+        return s.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+    return rate

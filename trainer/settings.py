@@ -1,0 +1,70 @@
+"""The trainer's part of a recipe: every field has a type, a default and a one-line meaning."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+TRAIN_SPLIT = "train"
+
+
+class Settings(BaseModel):
+    """Base of all settings: unknown fields are errors, values are checked when they are set."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
+
+
+class ModelSettings(Settings):
+    """Which model is trained."""
+
+    family: Literal["mfa"] = Field("mfa", description="model family; one file in trainer/models each")
+    n_components: int = Field(10, ge=1, description="number of mixture components (of the root, where it is split)")
+    n_factors: int = Field(6, ge=0, description="number of factors per component")
+    noise_floor: float = Field(1e-5, gt=0, description="smallest noise variance, in squared units of the data")
+
+
+class InitialisationSettings(Settings):
+    """How a mixture starts: K-means and a factor analysis per cluster."""
+
+    max_samples: int = Field(60_000, ge=1, description="samples read for the initialisation")
+    kmeans_samples: int | None = Field(None, ge=1, description="random subset of them used by K-means; all if null")
+    kmeans_dimensions: int | None = Field(None, ge=1, description="random subset of features used by K-means")
+    n_init: int = Field(3, ge=1, description="K-means initialisations, of which the best is taken")
+    noise_prior_count: float = Field(
+        0.0, ge=0, description="pseudo-samples of the prior on the noise variances; the prior stays on in training"
+    )
+
+
+class OptimiserSettings(Settings):
+    """Optimiser and learning-rate schedule of a player."""
+
+    name: Literal["adam", "rmsprop", "sgd"] = Field("adam", description="update rule")
+    learning_rate: float = Field(1e-4, gt=0, description="peak learning rate")
+    beta1: float = Field(0.9, ge=0, lt=1, description="Adam's first decay rate; the momentum of sgd and rmsprop")
+    beta2: float = Field(0.999, ge=0, lt=1, description="Adam's second decay rate; the smoothing of rmsprop")
+    schedule: Literal["constant", "cosine"] = Field("constant", description="learning rate after the warm-up")
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
+    gradient_clip: float | None = Field(None, gt=0, description="largest gradient norm; null never clips")
+
+
+class TrainingSettings(Settings):
+    """One training run of one model."""
+
+    steps: int = Field(1000, ge=0, description="optimiser steps in all")
+    batch_size: int = Field(256, ge=1, description="samples per step over all workers together")
+    seed: int = Field(0, ge=0, description="fixes the order of the data, the dequantisation and the initialisation")
+    dequantise: bool = Field(True, description="add uniform noise to integer pixels, x = (v + u) / levels in [0, 1)")
+    engine: Literal["ddp", "deepspeed"] = Field("ddp", description="what synchronises the workers")
+    zero_stage: Literal[0, 1, 2, 3] = Field(0, description="DeepSpeed's ZeRO stage")
+    checkpoint_every: int = Field(200, ge=1, description="steps between checkpoints")
+    log_every: int = Field(20, ge=1, description="steps between log entries")
+    loader_workers: int = Field(0, ge=0, description="processes that read ahead; 0 is fastest for packed blocks")
+    lanes: int | None = Field(
+        None, ge=1, description="shares in which the data's order is cut; null takes the number of workers"
+    )
+    optimiser: OptimiserSettings = Field(default_factory=lambda: OptimiserSettings())
+
+    def dequantises(self, levels: int | None) -> bool:
+        """Whether data of so many levels (None: real numbers) is dequantised."""
+        return self.dequantise and levels is not None

@@ -1,0 +1,200 @@
+"""MLflow runs: where they are recorded, and logging that never stops a training run."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+# Read by MLflow at import: no telemetry, no chatter, and an unreachable server fails in seconds, not in minutes.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("DO_NOT_TRACK", "true")
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+os.environ.setdefault("MLFLOW_DISABLE_AGENT_HINT", "1")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+
+from data.errors import UserError, one_line
+
+# MLflow is imported where it is used: it costs a second, and most worker processes record nothing.
+
+
+def _client(uri: str) -> Any:
+    from mlflow.tracking import MlflowClient
+
+    return MlflowClient(uri)
+
+
+def _mlflow_exception() -> type[Exception]:
+    from mlflow.exceptions import MlflowException
+
+    return MlflowException
+
+
+def resolve_uri(uri: str | None) -> str:
+    """The tracking URI to use: the given one, else MLFLOW_TRACKING_URI, else `mlflow.db` in this folder.
+
+    The default is MLflow's own, so that `mlflow ui` started here finds the runs. SQLite paths are made absolute,
+    because workers run elsewhere.
+
+    Raises:
+        UserError: a scheme that MLflow cannot track to.
+    """
+    text = uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    scheme = urlsplit(text).scheme
+    if scheme == "sqlite":
+        path = text.removeprefix("sqlite:///")
+        return f"sqlite:///{os.path.abspath(path)}"
+    if scheme not in ("http", "https", "postgresql", "mysql", "mssql") and not scheme.startswith("postgresql+"):
+        raise UserError(f"tracking URI {text!r} is not usable: give sqlite:///FILE.db or http(s)://HOST:PORT")
+    return text
+
+
+@contextmanager
+def mlflow_errors(uri: str) -> Iterator[None]:
+    """Turns MLflow's failures into one line that names the address."""
+    try:
+        yield
+    except _mlflow_exception() as error:
+        raise UserError(
+            f"MLflow at {_without_password(uri)} refused or did not answer: {_reason(error)}; check the address "
+            "(--set tracking.uri=...) and that the server runs"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    text = one_line(error)
+    if "Max retries exceeded" in text or "Connection refused" in text:
+        return "no connection"
+    return text if len(text) < 200 else text[:200] + "..."
+
+
+def _without_password(uri: str) -> str:
+    parts = urlsplit(uri)
+    return uri.replace(f":{parts.password}@", ":***@") if parts.password else uri
+
+
+def start_run(
+    uri: str, experiment: str, name: str, *, params: Mapping[str, Any], tags: Mapping[str, str]
+) -> str:
+    """Creates a run (and the experiment, where it is new) and returns its id.
+
+    Raises:
+        UserError: the tracking server cannot be reached or refuses.
+    """
+    from mlflow.entities import Param
+
+    with mlflow_errors(uri):
+        client = _client(uri)
+        found = client.get_experiment_by_name(experiment)
+        experiment_id = found.experiment_id if found else _create_experiment(client, uri, experiment)
+        run = client.create_run(experiment_id, run_name=name, tags=dict(tags))
+        items = [Param(key, str(value)[:6000]) for key, value in params.items()]
+        for i in range(0, len(items), 100):
+            client.log_batch(run.info.run_id, params=items[i : i + 100])
+        return str(run.info.run_id)
+
+
+def _create_experiment(client: Any, uri: str, name: str) -> str:
+    location = None
+    if uri.startswith("sqlite:///"):  # artifacts lie beside the database, wherever the process that writes them is
+        location = "file://" + os.path.join(os.path.dirname(uri.removeprefix("sqlite:///")), "mlruns", name)
+    return str(client.create_experiment(name, artifact_location=location))
+
+
+def resume_run(uri: str, run_id: str) -> bool:
+    """Marks an earlier run as running again; False where the server does not have it."""
+    with mlflow_errors(uri):
+        client = _client(uri)
+        try:
+            client.update_run(run_id, status="RUNNING")
+        except _mlflow_exception() as error:
+            if getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST":
+                return False
+            raise
+        return True
+
+
+def finish_run(uri: str, run_id: str, *, failed: bool = False) -> None:
+    """Marks a run as finished or failed."""
+    with mlflow_errors(uri):
+        _client(uri).set_terminated(run_id, "FAILED" if failed else "FINISHED")
+
+
+def log_artifact_text(uri: str, run_id: str, text: str, name: str) -> None:
+    """Stores a text (a report, a JSON file) with the run."""
+    with mlflow_errors(uri):
+        _client(uri).log_text(run_id, text, name)
+
+
+def log_dataset(uri: str, run_id: str, *, name: str, source: str, fingerprint: str) -> None:
+    """Records which data the run used, by the first 36 characters of its fingerprint."""
+    from mlflow.data.dataset_source_registry import resolve_dataset_source
+    from mlflow.data.meta_dataset import MetaDataset
+    from mlflow.entities import DatasetInput, InputTag
+
+    with mlflow_errors(uri):
+        dataset = MetaDataset(source=resolve_dataset_source(source), name=name, digest=fingerprint[:36])
+        entry = DatasetInput(dataset._to_mlflow_entity(), [InputTag("mlflow.data.context", "training")])
+        _client(uri).log_inputs(run_id, [entry])
+
+
+class RunLogger:
+    """Metrics of a run, sent in batches. A server that fails costs the metrics, never the training.
+
+    Used by rank 0 of a training job and by the driver; `uri=None` logs nothing.
+    """
+
+    def __init__(self, uri: str | None, run_id: str | None, *, every_seconds: float = 2.0) -> None:
+        self.client = _client(uri) if uri and run_id else None
+        self.run_id = run_id
+        self.every_seconds, self.sent_at = every_seconds, time.monotonic()
+        self.pending: list[Any] = []
+
+    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+        """Queues metrics of one step."""
+        if self.client is None:
+            return
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        self.pending += [Metric(name, float(value), now, step) for name, value in values.items()]
+        if time.monotonic() - self.sent_at > self.every_seconds:
+            self.flush()
+
+    def flush(self, tags: Mapping[str, str] | None = None) -> None:
+        """Sends what is queued."""
+        if self.client is None:
+            return
+        from mlflow.entities import RunTag
+
+        self.sent_at = time.monotonic()
+        batch, self.pending = self.pending, []
+        try:
+            for i in range(0, max(1, len(batch)), 1000):
+                part = [RunTag(key, value) for key, value in (tags or {}).items()] if i == 0 else []
+                if batch or part:
+                    self.client.log_batch(self.run_id, metrics=batch[i : i + 1000], tags=part)
+        except _mlflow_exception() as error:
+            print(f"manymodes: metrics were not recorded in MLflow: {_reason(error)}", file=sys.stderr)
+
+
+_PACKAGES = ("manymodes", "torch", "numpy", "ray", "deepspeed", "faiss-cpu", "faiss-gpu", "webdataset", "mlflow")
+
+
+def versions() -> dict[str, str]:
+    """The versions of what a run's numbers depend on, for its tags."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[f"version.{package}"] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
