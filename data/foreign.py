@@ -148,7 +148,7 @@ def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 
 def _decode(sample: dict[str, Any]) -> dict[str, Any]:
-    name = f"{sample['__url__']}: sample {sample['__key__']}"
+    name = f"{sample['__url__']}: sample {sample['__key__']!r}"
     out: dict[str, Any] = {"key": sample["__key__"], "url": sample["__url__"]}
     decoders: dict[str, Callable[[bytes], np.ndarray]] = {
         suffix: lambda data: images.fit(images.decode(io.BytesIO(data), name, None), None, None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import posixpath
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
@@ -13,6 +13,7 @@ from data import storage
 from data.errors import UserError
 
 MANIFEST = "manifest.json"
+_LABELS = {"label.npy", "cls"}
 # Rows of a member, and of each of its files (offset, bytes, CRC-32) in the shard.
 Member = tuple[int, dict[str, tuple[int, int, int]]]
 
@@ -22,7 +23,7 @@ class ShardRecord(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    file: str = Field(min_length=1, description="name in the folder of the manifest")
+    file: str = Field(pattern=r"^[^\x00-\x1f\\]+$", description="name in the folder of the manifest")
     samples: int = Field(ge=1, description="rows of all members")
     bytes: int = Field(ge=1, description="size of the file")
     sha256: str = Field(pattern="^[0-9a-f]{64}$", description="checksum of the file")
@@ -76,13 +77,16 @@ class Manifest(BaseModel):
     levels: int | None = Field(None, ge=2, le=256, description="values of a pixel; null for real numbers")
     class_names: tuple[str, ...] | None = None
     source: Origin
-    splits: dict[str, SplitRecord]
+    splits: dict[Annotated[str, Field(pattern=r"^[\w.-]+$")], SplitRecord]
     _base: str = PrivateAttr("")
 
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
         if (self.dtype == "uint8") != (self.levels is not None):
             raise ValueError("levels belong to uint8 and to nothing else")
+        members = [member for record in self.splits.values() for shard in record.shards for member in shard.members]
+        if len({bool(_LABELS & set(fields)) for _, fields in members}) > 1:
+            raise ValueError("some members have labels and some have none")
         return self
 
     @property
@@ -100,8 +104,8 @@ class Manifest(BaseModel):
     @property
     def has_labels(self) -> bool:
         """Whether every sample carries a label."""
-        members = [shard.members[0] for record in self.splits.values() for shard in record.shards]
-        return bool(members) and all({"label.npy", "cls"} & set(fields) for _, fields in members)
+        members = (shard.members[0] for record in self.splits.values() for shard in record.shards)
+        return any(_LABELS & set(fields) for _, fields in members)
 
     def split(self, name: str) -> SplitRecord:
         """The record of one split.
@@ -152,7 +156,7 @@ def load_manifest(url: str) -> Manifest:
         manifest = Manifest.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"][:4]) or "contents"
+        place = ".".join(repr(part) for part in first["loc"][:4]) or "contents"
         raise UserError(f"{url}: not a valid manifest ({place}: {first['msg']}): pack again") from error
     except ValueError as error:
         raise UserError(f"{url}: not a valid manifest (no JSON): pack again") from error

@@ -37,13 +37,13 @@ def read_member(manifest: Manifest, shard: ShardRecord, number: int) -> Block:
     for field, (offset, length, checksum) in fields.items():
         content = data[offset - start : offset - start + length]
         if len(content) != length or zlib.crc32(content) != checksum:
-            raise damaged(manifest, shard, f"member {number}, {field}")
+            raise damaged(manifest, shard, f"member {number}, {field!r}")
         try:
             name, block[_name_of(field)] = _name_of(field), _decode(field, content)
         except (ValueError, OSError, Image.DecompressionBombError) as error:
-            raise damaged(manifest, shard, f"member {number}, {field}: {error}") from error
+            raise damaged(manifest, shard, f"member {number}, {field!r}: {error}") from error
         if len(block[name]) != rows:
-            raise damaged(manifest, shard, f"member {number}, {field}: {len(block[name])} rows instead of {rows}")
+            raise damaged(manifest, shard, f"member {number}, {field!r}: {len(block[name])} rows instead of {rows}")
     if "x" not in block or block["x"].shape[1:] != manifest.shape or block["x"].dtype != manifest.dtype:
         raise damaged(manifest, shard, f"member {number} does not hold samples of shape {manifest.shape}")
     return block

@@ -124,7 +124,7 @@ def _from_tars(
         x = _shaped(sample, size, crop, grey)
         if kept and (x.shape, x.dtype) != (kept[0][1].shape, kept[0][1].dtype):
             raise UserError(
-                f"{sample['url']}: sample {sample['key']} is {x.dtype} {x.shape}, others are {kept[0][1].dtype} "
+                f"{sample['url']}: sample {sample['key']!r} is {x.dtype} {x.shape}, others are {kept[0][1].dtype} "
                 f"{kept[0][1].shape}: set size and grey to bring all images to one shape"
             )
         kept[place : place + 1] = [(number, x, sample.get("label"))]
@@ -147,7 +147,7 @@ def _shaped(sample: dict[str, Any], size: int | None, crop: images.Box | None, g
     if x.dtype != np.uint8 or x.ndim != 3 or x.shape[2] not in (1, 3) or (size, crop, grey) == (None, None, None):
         return x
     if crop is not None and (crop[2] > x.shape[1] or crop[3] > x.shape[0]):
-        raise UserError(f"{sample['url']}: crop {crop} leaves sample {sample['key']}: choose a smaller one")
+        raise UserError(f"{sample['url']}: crop {crop} leaves sample {sample['key']!r}: choose a smaller one")
     image = Image.fromarray(x[:, :, 0] if x.shape[2] == 1 else x)
     return images.fit(image if grey is None else image.convert("L" if grey else "RGB"), size, crop)
 

@@ -142,11 +142,16 @@ class ShardStream:
         if not workers:
             yield from self.epoch(epoch, start_step)
             return
+        message = ""
         try:
             yield from DataLoader(_Epoch(self, epoch, start_step), batch_size=None, num_workers=workers)
         except UserError as error:
             # torch puts the worker's whole traceback before the message.
-            raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
+            message = str(error).rpartition("UserError: ")[2].strip()
+            # The frames of the traceback hold the loader; with it gone, its workers end now.
+            error.__traceback__ = None
+        if message:
+            raise UserError(message)
 
     def _steps(self, epoch: int, steps: range) -> Iterator[dict[str, torch.Tensor]]:
         reader = SplitReader(self.manifest, self.split)
@@ -216,7 +221,7 @@ class _Lane:
         blocks = []
         for block, start, stop in self.segments[number * size : (number + 1) * size]:
             read = self.reader.read(block)
-            blocks.append({name: read[name][start:stop] for name in ("x", "label") if name in read})
+            blocks.append({name: values[start:stop] for name, values in read.items() if name in ("x", "label")})
         key = [_SHUFFLE, self.stream.seed, self.epoch, self.lane, number]
         mixed = np.random.default_rng(key).permutation(sum(len(block["x"]) for block in blocks))
         self.rows = {name: values[mixed] for name, values in _join(blocks).items()}

@@ -78,7 +78,7 @@ def _describe(axes: Axes, result: NDBResult, k: int) -> None:
     canvas.bare(axes)
     direction = result.direction(k)
     # A bin that is not flagged is shown for its rank alone, and must not read like a finding.
-    label = direction if result.flagged[k] else {"missing": "fewer", "over-represented": "more"}.get(direction, direction)
+    label = direction if result.flagged[k] else "fewer" if result.z[k] < 0 else "more" if result.z[k] > 0 else "equal"
     shares = f"{100 * result.reference_proportions[k]:.2f} % → {100 * result.sample_proportions[k]:.2f} %"
     colour = canvas.DIRECTION_COLOURS[direction] if result.flagged[k] else canvas.MUTED
     place: dict[str, Any] = {"xy": (0, 0.5), "textcoords": "offset points", "va": "center"}

@@ -182,6 +182,10 @@ def test_faulty_manifests_are_refused(tmp_path):
     refused("format 2 is unknown", format=2)
     refused("extra", extra=1)
     refused("levels", levels=256)
+    refused("class", **{"class\names": 1})
+    mixed = json.loads(json.dumps(good["splits"]))
+    del mixed["train"]["shards"][0]["members"][0][1]["label.npy"]
+    refused("some have none", splits=mixed)
     outside = json.loads(json.dumps(good["splits"]))
     outside["train"]["shards"][0]["file"] = "../x.tar"
     refused("outside of the folder", splits=outside)
