@@ -131,7 +131,7 @@ class DDPEngine(_Base):
                 if moments:
                     # Adam keeps its step counter on the CPU, the moments beside the parameter.
                     player.optimiser.state[parameter] = {
-                        field: value.clone() if value.ndim == 0 else value.to(parameter.device, parameter.dtype)
+                        field: value.clone() if value.ndim == 0 else value.clone().to(parameter.device)
                         for field, value in moments.items()
                     }
 

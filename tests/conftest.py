@@ -1,0 +1,54 @@
+"""Shared fixtures. Every test writes below its own tmp_path."""
+
+import os
+from pathlib import Path
+
+# Before anything reads it: MLflow must not call home, and deepspeed must not look for a GPU on a CPU machine.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+import numpy as np
+import pytest
+
+from data.manifest import Manifest, Origin
+from data.shards import pack
+from data.sources import SourceOptions, open_source
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def mnist_folder():
+    """The folder of the four MNIST files; the test is skipped where there is none."""
+    folder = Path(os.environ.get("MANYMODES_MNIST", SHARED / "data" / "mnist"))
+    if not (folder / "train-images-idx3-ubyte.gz").exists():
+        pytest.skip("no MNIST files: name their folder in MANYMODES_MNIST")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def digits_pack(tmp_path_factory):
+    """The packed digits."""
+    return pack(open_source("digits", SourceOptions()), str(tmp_path_factory.mktemp("digits")), rows_per_block=200)
+
+
+@pytest.fixture()
+def manifest_for():
+    """A manifest without samples, for models that only need to know a shape."""
+
+    def make(shape, levels=None):
+        dtype = "float32" if levels is None else "uint8"
+        return Manifest(name="none", shape=shape, dtype=dtype, levels=levels, source=Origin(spec="none"), splits={})
+
+    return make
+
+
+@pytest.fixture()
+def array_file(tmp_path):
+    """Writes an array as .npy and returns its path."""
+
+    def make(x, name="x.npy"):
+        path = tmp_path / name
+        np.save(path, x)
+        return str(path)
+
+    return make
