@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     epilog="Any command takes --debug, which shows a traceback instead of a one-line error.",
 )
-out_console = Console()
+out_console = Console(width=None if sys.stdout.isatty() else 140)
+_STARTED = time.perf_counter()
 
 SET = typer.Option(None, "--set", metavar="KEY=VALUE", help="change a field of the recipe, as training.steps=500")
 RAY = typer.Option(None, "--ray-address", help="existing Ray cluster (HOST:PORT); starts one here if left out")
@@ -93,7 +95,7 @@ def run(
     from cluster.recipe import load_recipe
 
     loaded = load_recipe(recipe, set_ or ())
-    summary = run_job(loaded, out, ray_address=ray_address)
+    summary = run_job(loaded, out, ray_address=ray_address, began=_STARTED)
     _print_table(summary["table"])
     stages = Table("stage", "seconds", box=None, pad_edge=False)
     for name, seconds in summary["seconds"].items():

@@ -18,9 +18,9 @@ import numpy as np
 
 from cluster.hierarchy import component_folder, flatten, route_samples, train_sub_mixtures
 from cluster.models import LocalModel
-from cluster.progress import Stages, remote_progress
+from cluster.progress import Stages, console, remote_progress
 from cluster.recipe import Recipe
-from cluster.session import ray_session
+from cluster.session import ray_session, require_resources
 from data import storage
 from data.errors import UserError
 from data.manifest import Manifest, load_manifest, verify
@@ -50,18 +50,23 @@ class Job:
     finished: bool = False
 
     @classmethod
-    def open(cls, out: Path, recipe: Recipe) -> Job:
-        """The unfinished job of this recipe in `out`, or a new one (the last one's working files are removed)."""
+    def find(cls, out: Path, recipe: Recipe) -> Job:
+        """The unfinished job of this recipe in `out`, or a new one; writes nothing."""
         path = out / "job.json"
         if path.exists():
             with suppress(ValueError, TypeError):
                 last = cls(**json.loads(path.read_text()))
                 if not last.finished and last.recipe == recipe.fingerprint():
                     return last
-        storage.remove(str(out / "work"))
-        job = cls(time.strftime("%Y%m%d-%H%M%S-") + uuid.uuid4().hex[:6], recipe.fingerprint())
-        job.save(out)
-        return job
+        return cls(time.strftime("%Y%m%d-%H%M%S-") + uuid.uuid4().hex[:6], recipe.fingerprint())
+
+    def begin(self, out: Path) -> None:
+        """Writes `job.json`, and removes the working files of earlier jobs."""
+        self.save(out)
+        if (out / "work").is_dir():
+            for old in (out / "work").iterdir():
+                if old.name != self.id:
+                    storage.remove(str(old))
 
     def save(self, out: Path) -> None:
         """Writes `job.json`."""
@@ -88,20 +93,21 @@ class Trained:
 
 
 @contextmanager
-def _training(recipe: Recipe, out: str, ray_address: str | None, quiet: bool) -> Iterator[Trained]:
+def _training(
+    recipe: Recipe, out: str, ray_address: str | None, quiet: bool, began: float | None = None
+) -> Iterator[Trained]:
     """Packs and trains; yields inside of the Ray session and of the MLflow run."""
     folder = storage.local_folder(out)
     uri = tracking.resolve_uri(recipe.tracking.uri)
     stages = Stages(quiet)
+    if began is not None:
+        stages.seconds["load libraries"] = time.perf_counter() - began
     with ExitStack() as stack:
         source = open_source(recipe.data.source, recipe.data.options)
-        job = Job.open(folder, recipe)
-        with stages.stage("start Ray and MLflow"), ThreadPoolExecutor(1) as side:
-            starting = side.submit(_tracked_run, job, recipe, uri)
-            stack.enter_context(ray_session(ray_address, recipe.scaling.workers * recipe.scaling.cpus_per_worker))
-            run_id = job.run_id = starting.result()
-            job.save(folder)
-        stack.enter_context(_closing_run(uri, run_id))
+        job = Job.find(folder, recipe)
+        with stages.stage("start Ray and MLflow"):
+            run_id = _connect(recipe, job, uri, ray_address, stack)
+            job.begin(folder)
         with stages.stage("pack shards", unit="samples") as advance:
             manifest = _pack(recipe, source, folder, advance)
         tracking.log_dataset(uri, run_id, name=manifest.name, source=manifest.base, fingerprint=manifest.fingerprint)
@@ -130,13 +136,22 @@ def train_job(recipe: Recipe, out: str, *, ray_address: str | None = None, quiet
         }
 
 
-def run_job(recipe: Recipe, out: str, *, ray_address: str | None = None, quiet: bool = False) -> dict[str, Any]:
+def run_job(
+    recipe: Recipe, out: str, *, ray_address: str | None = None, quiet: bool = False, began: float | None = None
+) -> dict[str, Any]:
     """Runs the whole job and returns what it also writes to `out`/summary.json (and the headline table).
+
+    Args:
+        recipe: what to do.
+        out: local folder for shards, working files, model, bins, report and summary.
+        ray_address: an existing cluster; None starts one here.
+        quiet: no progress bars.
+        began: when the process began, by `time.perf_counter`, so that loading libraries is accounted for.
 
     Raises:
         UserError: anything that the user can mend; the run is then marked as failed in MLflow.
     """
-    with _training(recipe, out, ray_address, quiet) as trained:
+    with _training(recipe, out, ray_address, quiet, began) as trained:
         stages = trained.stages
         with stages.stage("evaluate", unit="models") as advance:
             comparison, name = _evaluate(recipe, trained, advance)
@@ -153,6 +168,26 @@ def run_job(recipe: Recipe, out: str, *, ray_address: str | None = None, quiet: 
 def _publish_model(recipe: Recipe, trained: Trained) -> None:
     target = str(trained.folder / "model")
     save_model(target, load_model(trained.model)[0], recipe.model.family, trained.manifest)
+
+
+def _connect(recipe: Recipe, job: Job, uri: str, ray_address: str | None, stack: ExitStack) -> str:
+    """Starts Ray and the MLflow run at once; returns the run's id. Both are closed with the stack."""
+    scaling = recipe.scaling
+    with ThreadPoolExecutor(1) as side:
+        # MLflow first: a run that Ray then refuses is marked as failed, a Ray session that MLflow refuses just ends.
+        starting = side.submit(_tracked_run, job, recipe, uri)
+        session = ExitStack()
+        try:
+            session.enter_context(ray_session(ray_address, scaling.workers * scaling.cpus_per_worker))
+        except BaseException:
+            with suppress(UserError):
+                tracking.finish_run(uri, starting.result(), failed=True)
+            raise
+        stack.push(session)
+        job.run_id = starting.result()
+    stack.enter_context(_closing_run(uri, job.run_id))
+    require_resources(scaling.workers * scaling.cpus_per_worker, scaling.workers * scaling.gpus_per_worker)
+    return job.run_id
 
 
 def _tracked_run(job: Job, recipe: Recipe, uri: str) -> str:
@@ -204,9 +239,14 @@ def _pack(recipe: Recipe, source: Source, folder: Path, advance: Any) -> Manifes
         manifest = load_manifest(place)
         same = (manifest.source.spec, manifest.source.options) == (source.spec, source.options)
         if same and {name: record.samples for name, record in manifest.splits.items()} == source.splits:
-            verify(manifest)
-            return manifest
-        if recipe.data.shards:
+            try:
+                verify(manifest)
+                return manifest
+            except UserError as error:
+                if recipe.data.shards:
+                    raise
+                console.print(f"{error}: doing so")  # our own shards: made again from their source
+        elif recipe.data.shards:
             raise UserError(
                 f"{place} holds a pack of {manifest.source.spec} with other options: remove it, or set data.shards to "
                 "another folder"

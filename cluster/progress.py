@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -12,9 +13,11 @@ from typing import Any
 import ray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
 from rich.text import Text
 
-console = Console(stderr=True)
+# Where nobody's terminal sets a width (logs, pipes), lines are wide enough for a whole table row.
+console = Console(stderr=True, width=None if sys.stderr.isatty() else 140)
 
 
 class _RateColumn(ProgressColumn):
@@ -36,14 +39,13 @@ class Stages:
         """Times a stage; yields `advance(done, total=None, text=None)` for its progress bar."""
         began = time.perf_counter()
         columns = (
-            TextColumn("{task.description:<28}"),
-            BarColumn(bar_width=24),
+            TextColumn("{task.description:<22}"),
+            BarColumn(bar_width=12),
             TextColumn("{task.percentage:>3.0f}%"),
-            _RateColumn(),
+            _RateColumn(table_column=Column(no_wrap=True)),
             TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[text]}"),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[text]}", style="dim", table_column=Column(no_wrap=True, ratio=1)),
         )
         with Progress(*columns, console=console, disable=self.quiet, refresh_per_second=5) as bar:
             task = bar.add_task(name, total=total, unit=unit, text="")

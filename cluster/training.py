@@ -13,7 +13,6 @@ from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from cluster.recipe import Recipe
-from cluster.session import require_resources
 from data import storage
 from data.errors import UserError, one_line
 from data.manifest import Manifest, load_manifest
@@ -48,11 +47,10 @@ def run_training(
         (step, loss) pairs that were logged, and `ray_seconds`, what starting and stopping the workers took.
 
     Raises:
-        UserError: the cluster is too small, the workers failed for a reason that the user can mend, or they failed
-            more often than scaling.max_failures allows.
+        UserError: the workers failed for a reason that the user can mend, or Ray lost the job.
+        RuntimeError: they failed otherwise, more often than scaling.max_failures allows.
     """
     scaling = recipe.scaling
-    require_resources(scaling.workers * scaling.cpus_per_worker, scaling.workers * scaling.gpus_per_worker)
     resources = {"CPU": scaling.cpus_per_worker}
     if scaling.gpus_per_worker:
         resources["GPU"] = scaling.gpus_per_worker
@@ -84,6 +82,8 @@ def run_training(
     began = time.time()
     try:
         result = trainer.fit()
+    except SystemExit as error:  # what Ray Train makes of Ctrl-C
+        raise KeyboardInterrupt from error
     except ray.train.WorkerGroupError as error:
         raise _cause(error.worker_failures) from error
     except ray.exceptions.RayError as error:

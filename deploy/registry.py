@@ -73,9 +73,13 @@ def register_model(
                 },
                 signature=signature,
                 pip_requirements=_requirements(),
-                registered_model_name=name,
+                input_example=np.zeros((2, n_features), np.float32),
             )
-        client, version = MlflowClient(tracking_uri), str(info.registered_model_version)
+        client = MlflowClient(tracking_uri)
+        if not client.search_registered_models(f"name = '{name}'"):
+            client.create_registered_model(name)
+        created = client.create_model_version(name, info.model_uri, run_id, model_id=info.model_id)
+        version = str(created.version)
         for key, value in scores.items():
             client.set_model_version_tag(name, version, key, f"{value:.6g}")
         client.set_model_version_tag(name, version, "data.fingerprint", document["data"]["fingerprint"])

@@ -1,7 +1,9 @@
 """Shared fixtures. Every test writes below its own tmp_path."""
 
+import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 # Before anything reads it: MLflow must not call home, and deepspeed must not look for a GPU on a CPU machine.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -52,3 +54,26 @@ def array_file(tmp_path):
         return str(path)
 
     return make
+
+
+# Small enough for a test, long enough to be killed in the middle.
+JOB_OVERRIDES = [
+    "training.steps=400",
+    "training.checkpoint_every=50",
+    "hierarchy.steps=30",
+    "evaluation.baselines=[gaussian]",
+]
+
+
+@pytest.fixture(scope="session")
+def finished_job(tmp_path_factory):
+    """Runs the digits recipe, embedded Ray, SQLite; returns its folder, tracking URI and summary."""
+    from cluster.pipeline import run_job
+    from cluster.recipe import load_recipe
+
+    folder = tmp_path_factory.mktemp("job")
+    uri = f"sqlite:///{folder}/mlflow.db"
+    recipe = load_recipe("digits", [*JOB_OVERRIDES, f"tracking.uri={uri}"])
+    run_job(recipe, str(folder / "out"), quiet=True)
+    summary = json.loads((folder / "out" / "summary.json").read_text())
+    return SimpleNamespace(folder=folder / "out", uri=uri, summary=summary, overrides=JOB_OVERRIDES)

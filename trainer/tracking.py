@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -139,7 +140,9 @@ def log_dataset(uri: str, run_id: str, *, name: str, source: str, fingerprint: s
     from mlflow.entities import DatasetInput, InputTag
 
     with mlflow_errors(uri):
-        dataset = MetaDataset(source=resolve_dataset_source(source), name=name, digest=fingerprint[:36])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a local path can be read as several kinds of source, all alike
+            dataset = MetaDataset(source=resolve_dataset_source(source), name=name, digest=fingerprint[:36])
         entry = DatasetInput(dataset._to_mlflow_entity(), [InputTag("mlflow.data.context", "training")])
         _client(uri).log_inputs(run_id, [entry])
 

@@ -1,0 +1,170 @@
+"""The command line: output that scripts can read, and bad input answered in one line with exit code 2."""
+
+import errno
+import json
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cluster import cli
+from data import storage
+
+
+@pytest.fixture()
+def call(monkeypatch, capfd, tmp_path):
+    """Calls the command line in tmp_path; returns (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["manymodes", *map(str, arguments)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as exit_:
+            code = exit_.code or 0
+        out = capfd.readouterr()
+        return code, out.out, out.err
+
+    return run
+
+
+def refuses(result, *parts):
+    code, _, err = result
+    lines = [line for line in err.splitlines() if "━" not in line]
+    assert code == 2, err
+    assert len(lines) == 1, err
+    assert lines[0].startswith("manymodes: ")
+    for part in parts:
+        assert part in lines[0], err
+
+
+@pytest.fixture()
+def images(tmp_path):
+    """Two classes of small grey images."""
+    rng = np.random.default_rng(0)
+    for label in "ab":
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for i in range(30):
+            Image.fromarray(rng.integers(0, 255, (6, 6), dtype=np.uint8)).save(tmp_path / f"images/{label}/{i:02d}.png")
+    return tmp_path / "images"
+
+
+def test_help_and_recipes(call):
+    code, out, _ = call("recipes")
+    assert code == 0
+    assert "digits" in out
+    assert "mnist" in out
+
+
+def test_evaluate_prints_one_json_object(call, array_file):
+    rng = np.random.default_rng(0)
+    reference, same = array_file(rng.random((600, 4)), "r.npy"), array_file(rng.random((500, 4)), "s.npy")
+    code, out, err = call("evaluate", same, "--reference", reference, "--bins", 5, "--json", "--seed", 3)
+    assert code == 0, err
+    assert err == ""
+    found = json.loads(out)
+    assert {"ndb", "ndb_over_k", "js", "bins", "n_reference", "n_samples", "protocol"} <= found.keys()
+    assert (found["bins"], found["n_reference"], found["n_samples"]) == (5, 600, 500)
+    assert found["ndb"] <= 3  # two sets of one distribution: more has odds below 1e-4
+    again = json.loads(call("evaluate", same, "--reference", reference, "--bins", 5, "--json", "--seed", 3)[1])
+    assert again == found
+
+
+def test_evaluate_finds_a_missing_mode_and_writes_a_report(call, array_file, tmp_path):
+    rng = np.random.default_rng(0)
+    modes = rng.normal(size=(6, 2)) * 30
+    reference = array_file((modes[rng.integers(6, size=3000)] + rng.normal(size=(3000, 2))), "r.npy")
+    samples = array_file((modes[rng.integers(5, size=3000)] + rng.normal(size=(3000, 2))), "s.npy")
+    code, out, err = call(
+        "evaluate", samples, "--reference", reference, "--bins", 6, "--z-threshold", 4, "--report", tmp_path / "r.html"
+    )
+    assert code == 0, err
+    assert "missing" in out
+    assert "NDB" in out
+    assert "data:image/png" in (tmp_path / "r.html").read_text()
+
+
+def test_evaluate_folder_of_images_against_its_pack(call, images, tmp_path):
+    assert call("pack", f"images:{images}", tmp_path / "shards", "--set", "test_fraction=0.5")[0] == 0
+    code, out, err = call(
+        "evaluate", images, "--reference", tmp_path / "shards", "--bins", 3, "--json", "--z-threshold", 3
+    )
+    assert code == 0, err
+    assert json.loads(out)["n_samples"] == 60
+
+
+def test_pack_refusals(call, tmp_path, images, monkeypatch):
+    refuses(call("pack", "digitz", "d"), "digitz", "digits")
+    refuses(call("pack", f"images:{tmp_path}/nowhere", "d"), "nowhere")
+    (tmp_path / "empty").mkdir()
+    refuses(call("pack", f"images:{tmp_path}/empty", "d"), "empty")
+    refuses(call("pack", "digits", "d", "--set", "sise=4"), "sise", "size")
+    refuses(call("pack", "digits", "pipe:cat >x"), "pipe")
+    (images / "a" / "00.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    refuses(call("pack", f"images:{images}", "d"), "00.png")
+    bad = np.ones((20, 3))
+    bad[7, 1] = np.nan
+    np.save(tmp_path / "nan.npy", bad)
+    refuses(call("pack", f"array:{tmp_path}/nan.npy", "d"), "NaN", "7")
+    opened = storage.publish
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    refuses(call("pack", "digits", "d"), "disk is full")
+    monkeypatch.undo()
+    assert opened is storage.publish
+    assert not list(tmp_path.glob("d/*")), "something was left half-written"
+
+
+def test_evaluate_refusals(call, array_file, tmp_path):
+    r = array_file(np.random.default_rng(0).random((100, 4)), "r.npy")
+    refuses(call("evaluate", "nowhere.npy", "--reference", r), "nowhere.npy")
+    refuses(call("evaluate", r, "--reference", r, "--bins", 200), "100", "200")
+    few = array_file(np.zeros((3, 4)), "few.npy")
+    refuses(call("evaluate", few, "--reference", r, "--bins", 10), "3", "10")
+    wide = array_file(np.zeros((30, 5)), "wide.npy")
+    refuses(call("evaluate", wide, "--reference", r, "--bins", 10), "wide.npy", "5", "4")
+    bad = array_file(np.full((30, 4), np.nan), "bad.npy")
+    refuses(call("evaluate", bad, "--reference", r, "--bins", 10), "NaN")
+    refuses(call("evaluate", r, "--reference", r, "--z-threshold", 3, "--significance", 0.1), "not both")
+    refuses(call("evaluate", r, "--reference", r, "--z-threshold", -1), "z")
+    refuses(call("evaluate", "models:/nothing@candidate", "--reference", r), "nothing")
+    refuses(call("sample", "nowhere", "--out", "x.png"), "nowhere")
+    refuses(call("sample", "nowhere", "--out", "x.gif"), ".png")
+
+
+def test_a_truncated_shard_is_refused(call, tmp_path):
+    assert call("pack", "digits", tmp_path / "d")[0] == 0
+    shard = next((tmp_path / "d").glob("test*.tar"))
+    shard.write_bytes(shard.read_bytes()[:-2000])
+    refuses(call("evaluate", tmp_path / "d", "--reference", tmp_path / "d", "--bins", 10), shard.name)
+
+
+def test_run_refusals_leave_nothing(call, tmp_path):
+    refuses(call("run", "digitz", "--out", "o"), "digits")
+    refuses(call("run", "digits", "--out", "o", "--set", "training.stepz=1"), "steps")
+    refuses(call("run", "digits", "--out", "o", "--ray-address", "127.0.0.1:1"), "127.0.0.1:1", "--ray-address")
+    refuses(call("run", "digits", "--out", "o", "--ray-address", "nonsense"), "nonsense")
+    refuses(call("run", "digits", "--out", "o", "--set", "tracking.uri=ftp://x"), "ftp://x")
+    refuses(call("run", "mnist", "--out", "o", "--set", f"data.source=mnist:{tmp_path}"), str(tmp_path))
+    assert not (tmp_path / "o").exists()
+
+
+def test_unreachable_mlflow_is_refused(call, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    refuses(call("run", "digits", "--out", "o", "--set", "tracking.uri=http://127.0.0.1:1"), "http://127.0.0.1:1")
+    assert not (tmp_path / "o").exists()
+
+
+def test_internal_errors_are_told_apart(call, monkeypatch):
+    monkeypatch.setattr("cluster.recipe.shipped_recipes", lambda: 1 / 0)
+    code, _, err = call("recipes")
+    assert code == 1
+    assert "internal error: ZeroDivisionError" in err
+    with pytest.raises(ZeroDivisionError):
+        call("recipes", "--debug")

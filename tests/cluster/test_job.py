@@ -1,0 +1,167 @@
+"""The main job, for real: embedded Ray, two workers, parallel sub-mixtures, MLflow on SQLite; and kills."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from cluster.hierarchy import flatten
+from trainer.checkpoint import load_model
+
+
+def test_summary_names_everything(finished_job):
+    s = finished_job.summary
+    assert s["model_uri"] == "models:/digits-mfa@candidate"
+    assert os.path.exists(s["report"])
+    assert set(s["metrics"]) >= {"ndb", "ndb_over_k", "js", "test_log_likelihood", "test_log_likelihood_se"}
+    assert {"start and stop workers", "train root mixture", "train sub-mixtures", "evaluate"} <= set(s["seconds"])
+    rows = {row["name"]: row for row in s["models"]}
+    assert list(rows)[0] == "held-out data"
+    hierarchical = next(row for name, row in rows.items() if name.startswith("hierarchical"))
+    assert hierarchical["protocol"]["bins_fingerprint"] == rows["held-out data"]["protocol"]["bins_fingerprint"]
+    assert hierarchical["ndb"] <= 3
+
+
+def test_hierarchical_beats_root_and_gaussian(finished_job):
+    likelihood = {r["name"]: r["log_likelihood"] for r in finished_job.summary["models"] if r["log_likelihood"]}
+    best = next(v["mean"] for name, v in likelihood.items() if name.startswith("hierarchical"))
+    assert all(best > v["mean"] for name, v in likelihood.items() if not name.startswith("hierarchical"))
+
+
+def test_report_is_one_file_with_pictures(finished_job):
+    html = (finished_job.folder / "report.html").read_text()
+    assert html.count("data:image/png;base64,") >= 5
+    assert "http://" not in html
+    assert "https://" not in html
+
+
+def test_mlflow_run_is_finished_and_complete(finished_job):
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(finished_job.uri)
+    run = client.get_run(finished_job.summary["mlflow_run_id"])
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["eval/ndb"] == finished_job.summary["metrics"]["ndb"]
+    assert len(client.get_metric_history(run.info.run_id, "train/loss")) == 40
+    assert run.data.params["training.steps"] == "400"
+    assert run.data.tags["version.torch"].startswith("2.")
+    assert run.inputs.dataset_inputs[0].dataset.name == "digits"
+    assert {"report.html", "summary.json"} <= {item.path for item in client.list_artifacts(run.info.run_id)}
+
+
+def test_flat_mixture_multiplies_the_mixing_coefficients(finished_job):
+    work = next((finished_job.folder / "work").iterdir())
+    root, _ = load_model(str(work / "root" / "model"))
+    folders = {int(p.name[-5:]): str(p) for p in (work / "split").glob("component-*")}
+    flat = flatten(str(work / "root" / "model"), folders)
+    assert flat.mixing_logits.detach().double().softmax(0).sum().item() == pytest.approx(1, abs=1e-12)
+    sizes = [json.loads((work / "split" / f"component-{k:05d}" / "result.json").read_text()) for k in sorted(folders)]
+    assert flat.n_components == sum(size["n_components"] for size in sizes)
+    assert sum(size["samples"] for size in sizes) == 1438  # every training sample was routed once
+    counts = [size["n_components"] for size in sizes]
+    shares = torch.stack([part.sum() for part in flat.mixing_coefficients.split(counts)])
+    assert torch.allclose(shares, root.mixing_coefficients, atol=1e-6)
+
+
+def test_registered_model_samples_and_evaluates(finished_job, monkeypatch, capfd, tmp_path):
+    from cluster import cli
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["manymodes", *map(str, arguments)])
+        _quietly(cli.main)
+        return capfd.readouterr().out
+
+    uri = finished_job.summary["model_uri"]
+    call("sample", uri, "-n", 50, "--out", tmp_path / "a.npy", "--tracking-uri", finished_job.uri)
+    call("sample", finished_job.folder, "-n", 50, "--out", tmp_path / "b.npy")
+    call("sample", uri, "-n", 50, "--out", tmp_path / "c.png", "--tracking-uri", finished_job.uri)
+    a, b = np.load(tmp_path / "a.npy"), np.load(tmp_path / "b.npy")
+    assert a.shape == (50, 8, 8, 1)
+    assert np.array_equal(a, b)
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+    out = call(
+        *("evaluate", uri, "--reference", finished_job.folder / "shards", "--bins", 20, "-n", 2000),
+        *("--z-threshold", 3, "--json", "--tracking-uri", finished_job.uri),
+    )
+    assert json.loads(out)["ndb"] <= 3
+
+
+def _quietly(main):
+    try:
+        main()
+    except SystemExit as exit_:
+        assert not exit_.code
+
+
+TRAIN = """
+import sys
+from cluster.pipeline import train_job
+from cluster.recipe import load_recipe
+train_job(load_recipe("digits", sys.argv[3:] + ["tracking.uri=" + sys.argv[2]]), sys.argv[1], quiet=True)
+"""
+
+
+def start(folder, uri, overrides):
+    return subprocess.Popen([sys.executable, "-c", TRAIN, str(folder), uri, *overrides], stderr=subprocess.PIPE)
+
+
+def wait_for(what, process, seconds=90):
+    """Polls until `what()` is true; fails if the process ends before or time is up."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        found = what()
+        if found:
+            return found
+        if process.poll() is not None:
+            pytest.fail(f"the job ended too early: {process.stderr.read().decode()[-2000:]}")
+        time.sleep(0.05)
+    pytest.fail("nothing happened in time")
+
+
+def workers_of(process):
+    names = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        try:
+            if "TrainWorker" in " ".join(child.cmdline()):
+                names.append(child)
+        except psutil.Error:
+            continue
+    return names
+
+
+def test_killed_worker_and_killed_driver_change_nothing(finished_job, tmp_path):
+    """A worker is killed in the middle, then the whole job; the same command ends with the same weights."""
+    # Slowed down by many small checkpoints only: the numbers are those of the uninterrupted job.
+    overrides = [*finished_job.overrides, "training.checkpoint_every=5"]
+    out, uri = tmp_path / "out", f"sqlite:///{tmp_path}/mlflow.db"
+
+    def checkpoints():
+        return sorted(out.glob("work/*/root/checkpoints/*/step_*/checkpoint.json"))
+
+    job = start(out, uri, overrides)
+    try:
+        wait_for(checkpoints, job)
+        victims = wait_for(lambda: workers_of(job), job)
+        last = checkpoints()[-1].parent.name
+        os.kill(victims[0].pid, signal.SIGKILL)
+        wait_for(lambda: checkpoints() and checkpoints()[-1].parent.name > last and len(workers_of(job)) == 2, job)
+        job.kill()
+        job.wait(timeout=30)
+        assert not (out / "model").exists()
+        again = start(out, uri, overrides)
+        _, errors = again.communicate(timeout=120)
+        assert again.returncode == 0, errors.decode()[-2000:]
+    finally:
+        job.kill()
+        job.wait(timeout=30)
+    expected, _ = load_model(str(finished_job.folder / "model"))
+    resumed, _ = load_model(str(out / "model"))
+    for name, value in expected.state_dict().items():
+        assert torch.allclose(value, resumed.state_dict()[name], atol=1e-5), name

@@ -1,0 +1,70 @@
+"""Recipes: every shipped one is valid, and every fault is one line that names the remedy."""
+
+import pytest
+
+from cluster.recipe import load_recipe, shipped_recipes
+from data.errors import UserError
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_shipped_recipes_are_valid_and_described(name):
+    recipe = load_recipe(name)
+    assert recipe.summary
+    assert load_recipe(name).fingerprint() == recipe.fingerprint()
+
+
+def test_overrides_change_nested_fields():
+    recipe = load_recipe(
+        "digits", ["training.steps=7", "training.optimiser.learning_rate=0.5", "hierarchy=null", "scaling.workers=1"]
+    )
+    assert recipe.training.steps == 7
+    assert recipe.training.optimiser.learning_rate == 0.5
+    assert recipe.hierarchy is None
+    assert recipe.fingerprint() != load_recipe("digits").fingerprint()
+
+
+def test_where_a_run_is_recorded_does_not_change_the_fingerprint():
+    assert load_recipe("digits", ["tracking.uri=sqlite:///a.db"]).fingerprint() == load_recipe("digits").fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["trainig.steps=5"], ["unknown field 'trainig'", "did you mean 'training'"]),
+        (["training.stepz=5"], ["unknown field 'training.stepz'", "did you mean 'steps'"]),
+        (["hierarchy.optimiser.lr=5"], ["unknown field 'hierarchy.optimiser.lr'", "learning_rate"]),
+        (["training.steps=many"], ["training.steps", "valid integer", "'many'"]),
+        (["training.engine=horovod"], ["training.engine", "'ddp' or 'deepspeed'"]),
+        (["training.steps=-1", "model.noise_floor=0"], ["training.steps", "model.noise_floor"]),
+        (["training.batch_size=255"], ["batch_size (255)", "multiple", "workers (2)"]),
+        (["evaluation.significance=0.05"], ["z_threshold or significance, not both"]),
+        (["training.steps"], ["write --set training.steps=500"]),
+        (["name.x=1"], ["'name' is a value"]),
+        (["training.steps=[1"], ["not valid YAML"]),
+        (["data=null"], ["data"]),
+    ],
+)
+def test_faults_are_one_line(overrides, parts):
+    with pytest.raises(UserError) as caught:
+        load_recipe("digits", overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message, message
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [("- 1\n", "not a mapping"), ("a: [1\n", "cannot be read as YAML"), ("data: {source: digits}\n", "'name' is missing")],
+)
+def test_recipe_files(tmp_path, text, part):
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=part) as caught:
+        load_recipe(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_recipe_names_the_nearest():
+    with pytest.raises(UserError, match="did you mean 'digits'"):
+        load_recipe("digit")

@@ -1,0 +1,93 @@
+"""A registered model on a machine that knows nothing of manymodes."""
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+
+from data.errors import UserError
+from deploy.registry import RegisteredModel
+from trainer.checkpoint import load_model
+
+# What a consumer with mlflow, torch and numpy has; anything else of ours or of the training stack must not be needed.
+CONSUMER = """
+    import sys
+
+    class Absent:
+        names = {"cluster", "trainer", "data", "eval", "deploy", "ray", "deepspeed", "webdataset", "faiss",
+                 "safetensors", "rich", "typer"}
+        def find_spec(self, name, path=None, target=None):
+            if name.partition(".")[0] in self.names:
+                raise ImportError(name + " is not on this machine")
+
+    sys.meta_path.insert(0, Absent())
+    before = list(sys.path)
+    import json, mlflow, numpy as np
+    mlflow.set_tracking_uri(sys.argv[1])
+    model = mlflow.pyfunc.load_model(sys.argv[2])
+    out = {}
+    for n in (0, 1, 2, 1000):
+        x = np.full((n, 64), 0.5, np.float32)
+        out[f"log_prob {n}"] = list(model.predict(x).shape)
+        out[f"responsibilities {n}"] = list(model.predict(x, params={"task": "responsibilities"}).shape)
+    empty = np.zeros((0, 64), np.float32)
+    draw = lambda seed: model.predict(empty, params={"task": "sample", "n": 5, "seed": seed})
+    out["sample"] = list(draw(1).shape)
+    out["same seed"] = bool((draw(1) == draw(1)).all())
+    out["other seed"] = bool((draw(1) == draw(2)).all())
+    out["value"] = float(model.predict(np.full((1, 64), 0.5, np.float32))[0])
+    out["path"] = sys.path == before
+    out["modules"] = sorted(Absent.names & set(sys.modules))
+    print(json.dumps(out))
+"""
+
+
+def test_consumer_needs_only_mlflow_torch_and_numpy(finished_job, tmp_path):
+    found = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(CONSUMER), finished_job.uri, finished_job.summary["model_uri"]],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr[-3000:]
+    out = json.loads(found.stdout.strip().splitlines()[-1])
+    model, _ = load_model(str(finished_job.folder / "model"))
+    for n in (0, 1, 2, 1000):
+        assert out[f"log_prob {n}"] == [n]
+        assert out[f"responsibilities {n}"] == [n, model.n_components]
+    assert out["sample"] == [5, 8, 8, 1]
+    assert out["same seed"]
+    assert not out["other seed"]
+    import torch
+
+    assert out["value"] == pytest.approx(model.log_prob(torch.full((1, 64), 0.5)).item(), rel=1e-6)
+    assert out["path"]
+    assert out["modules"] == []
+
+
+def test_registered_model_refuses_what_it_cannot_do(finished_job):
+    model = RegisteredModel(finished_job.summary["model_uri"], finished_job.uri)
+    with pytest.raises(UserError, match="NaN"):
+        model.log_prob(np.full((2, 64), np.nan))
+    with pytest.raises(UserError, match="n must be at least 1"):
+        model.sample(0, 0)
+
+
+def test_unknown_model(finished_job):
+    with pytest.raises(UserError, match="nobody"):
+        RegisteredModel("models:/nobody@candidate", finished_job.uri)
+
+
+def test_version_carries_scores_and_data(finished_job):
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(finished_job.uri)
+    version = client.get_model_version_by_alias("digits-mfa", "candidate")
+    assert float(version.tags["ndb"]) == finished_job.summary["metrics"]["ndb"]
+    assert len(version.tags["data.fingerprint"]) == 64
+    assert version.run_id == finished_job.summary["mlflow_run_id"]
