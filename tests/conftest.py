@@ -33,7 +33,7 @@ def digits_pack(tmp_path_factory):
     return pack(open_source("digits", SourceOptions()), str(tmp_path_factory.mktemp("digits")), rows_per_block=200)
 
 
-@pytest.fixture()
+@pytest.fixture
 def manifest_for():
     """A manifest without samples, for models that only need to know a shape."""
 
@@ -44,7 +44,7 @@ def manifest_for():
     return make
 
 
-@pytest.fixture()
+@pytest.fixture
 def array_file(tmp_path):
     """Writes an array as .npy and returns its path."""
 

@@ -12,7 +12,7 @@ from cluster import cli
 from data import storage
 
 
-@pytest.fixture()
+@pytest.fixture
 def call(monkeypatch, capfd, tmp_path):
     """Calls the command line in tmp_path; returns (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
@@ -41,7 +41,7 @@ def refuses(result, *parts):
         assert part in lines[0], err
 
 
-@pytest.fixture()
+@pytest.fixture
 def images(tmp_path):
     """Two classes of small grey images."""
     rng = np.random.default_rng(0)

@@ -23,7 +23,7 @@ def test_summary_names_everything(finished_job):
     assert set(s["metrics"]) >= {"ndb", "ndb_over_k", "js", "test_log_likelihood", "test_log_likelihood_se"}
     assert {"start and stop workers", "train root mixture", "train sub-mixtures", "evaluate"} <= set(s["seconds"])
     rows = {row["name"]: row for row in s["models"]}
-    assert list(rows)[0] == "held-out data"
+    assert next(iter(rows)) == "held-out data"
     hierarchical = next(row for name, row in rows.items() if name.startswith("hierarchical"))
     assert hierarchical["protocol"]["bins_fingerprint"] == rows["held-out data"]["protocol"]["bins_fingerprint"]
     assert hierarchical["ndb"] <= 3
@@ -94,10 +94,9 @@ def test_registered_model_samples_and_evaluates(finished_job, monkeypatch, capfd
 
 
 def _quietly(main):
-    try:
+    with pytest.raises(SystemExit) as exit_:
         main()
-    except SystemExit as exit_:
-        assert not exit_.code
+    assert not exit_.value.code
 
 
 TRAIN = """

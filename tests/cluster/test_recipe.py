@@ -55,7 +55,11 @@ def test_faults_are_one_line(overrides, parts):
 
 @pytest.mark.parametrize(
     ("text", "part"),
-    [("- 1\n", "not a mapping"), ("a: [1\n", "cannot be read as YAML"), ("data: {source: digits}\n", "'name' is missing")],
+    [
+        ("- 1\n", "not a mapping"),
+        ("a: [1\n", "cannot be read as YAML"),
+        ("data: {source: digits}\n", "'name' is missing"),
+    ],
 )
 def test_recipe_files(tmp_path, text, part):
     path = tmp_path / "r.yaml"

@@ -116,7 +116,8 @@ def test_samples_have_the_model_s_moments():
     means = model.means.detach().numpy()
     mean = π @ means
     loadings = model.factor_loadings.detach().numpy()
-    within = loadings @ loadings.transpose(0, 2, 1) + np.stack([np.diag(v) for v in model.noise_variance.detach().numpy()])
+    noise = np.stack([np.diag(v) for v in model.noise_variance.detach().numpy()])
+    within = loadings @ loadings.transpose(0, 2, 1) + noise
     covariance = np.einsum("k,kij->ij", π, within) + np.einsum("k,ki,kj->ij", π, means - mean, means - mean)
     error = np.sqrt(np.diag(covariance) / len(x))
     assert (np.abs(x.mean(0) - mean) < 5 * error).all()
