@@ -85,7 +85,7 @@ class Comparison:
         result = self.rows[0].evaluation.result
         note = (
             f"NDB: bins that differ from the {result.n_reference:,} reference samples ({result.threshold}). "
-            "JS in nats; with finite samples it is above zero for a perfect model too, the more so the fewer the samples."
+            "JS in nats; with finite samples it is above zero for a perfect model too, more so the fewer there are."
         )
         if bits:
             note += f" Log-likelihoods are of pixels dequantised to [0, 1), x = (v + u) / {self.data.levels}."
