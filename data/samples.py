@@ -17,8 +17,9 @@ from data import images, storage
 from data.errors import UserError
 from data.foreign import expand_urls, read_webdataset
 from data.manifest import MANIFEST, load_manifest
+from data.pixels import scale
 from data.sources import SPECS, Source, SourceOptions, open_source
-from data.stream import SplitReader, scale
+from data.stream import SplitReader
 
 
 @dataclass(frozen=True)

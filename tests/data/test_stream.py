@@ -191,3 +191,19 @@ def test_damage_is_found_on_reading(tmp_path, fault, workers):
     assert "\n" not in str(caught.value)
     if fault != "missing":
         assert "pack again" in str(caught.value)
+
+
+def test_pixels_go_to_the_model_s_scale_and_back():
+    from data.pixels import dequantise, quantise, scale
+
+    x = np.arange(256, dtype=np.uint8).reshape(4, 64)
+    for levels in (17, 256):
+        pixels = x % levels
+        noisy = dequantise(pixels, levels, [0])
+        assert noisy.min() >= 0
+        assert noisy.max() < 1
+        # Samples of a density are continuous: at the exact edge of a level rounding may decide either way.
+        assert (quantise(noisy, levels) == scale(pixels, levels)).mean() > 0.99
+        assert np.array_equal(quantise((pixels + 0.5) / levels, levels), scale(pixels, levels))
+    assert np.array_equal(quantise(np.float32([-0.3, 1.7]), 256), [0, 1])
+    assert np.array_equal(quantise(np.float32([-0.3, 1.7]), None), np.float32([-0.3, 1.7]))
