@@ -117,7 +117,7 @@ def train(
     ray_address: str = RAY,
 ) -> None:
     """Packs and trains only; leaves the model in OUT/model."""
-    from cluster.pipeline import train_job
+    from cluster.fitting import train_job
     from cluster.recipe import load_recipe
 
     result = train_job(load_recipe(recipe, set_ or ()), out, ray_address=ray_address)

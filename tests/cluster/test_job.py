@@ -101,7 +101,7 @@ def _quietly(main):
 
 TRAIN = """
 import sys
-from cluster.pipeline import train_job
+from cluster.fitting import train_job
 from cluster.recipe import load_recipe
 train_job(load_recipe("digits", sys.argv[3:] + ["tracking.uri=" + sys.argv[2]]), sys.argv[1], quiet=True)
 """

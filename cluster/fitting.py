@@ -1,0 +1,167 @@
+"""From a source to a trained model: pack, train, split. Work that died goes on with the same command."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.hierarchy import component_folder, flatten, route_samples, train_sub_mixtures
+from cluster.job import Job, connect
+from cluster.progress import Stages, console, remote_progress
+from cluster.recipe import Recipe
+from data import storage
+from data.errors import UserError
+from data.manifest import Manifest, load_manifest, verify
+from data.shards import pack
+from data.sources import Source, open_source
+from trainer import tracking
+from trainer.checkpoint import load_model, save_model
+
+
+@dataclass
+class Trained:
+    """What training leaves: where it happened, the packed data, and the root's closing metrics."""
+
+    folder: Path
+    job: Job
+    uri: str
+    manifest: Manifest
+    root: dict[str, Any]
+    root_model: str
+    model: str
+    stages: Stages
+
+    @property
+    def run_id(self) -> str:
+        """The job's MLflow run."""
+        return str(self.job.run_id)
+
+
+@contextmanager
+def trained_model(
+    recipe: Recipe, out: str, ray_address: str | None, quiet: bool, began: float | None = None
+) -> Iterator[Trained]:
+    """Packs and trains; yields inside of the Ray session and of the MLflow run."""
+    folder = storage.local_folder(out)
+    uri = tracking.resolve_uri(recipe.tracking.uri)
+    stages = Stages(quiet)
+    if began is not None:
+        stages.seconds["load libraries"] = time.perf_counter() - began
+    with ExitStack() as stack:
+        source = open_source(recipe.data.source, recipe.data.options)
+        job = Job.find(folder, recipe)
+        with stages.stage("start Ray and MLflow"):
+            run_id = connect(recipe, job, uri, ray_address, stack)
+            job.begin(folder, stack)
+        with stages.stage("pack shards", unit="samples") as advance:
+            manifest = _pack(recipe, source, folder, advance)
+        tracking.log_dataset(uri, run_id, name=manifest.name, source=manifest.base, fingerprint=manifest.fingerprint)
+        job.use_data(folder, manifest.fingerprint)
+        work = job.work(folder)
+        root = _train_root(recipe, manifest, work, job, uri, stages)
+        root_model = storage.join(work, "root", "model")
+        final = _split(recipe, manifest, work, stages) if recipe.hierarchy else root_model
+        yield Trained(folder, job, uri, manifest, root, root_model, final, stages)
+
+
+def train_job(recipe: Recipe, out: str, *, ray_address: str | None = None, quiet: bool = False) -> dict[str, Any]:
+    """Packs and trains; the model is left in `out`/model. Returns its place, the MLflow run and seconds per stage.
+
+    Raises:
+        UserError: as `run_job`.
+    """
+    with trained_model(recipe, out, ray_address, quiet) as trained:
+        publish_model(recipe, trained)
+        trained.job.finished = True
+        trained.job.save(trained.folder)
+        return {
+            "model": str(trained.folder / "model"),
+            "mlflow_tracking_uri": trained.uri,
+            "mlflow_run_id": trained.run_id,
+            "seconds": trained.stages.seconds,
+        }
+
+
+def publish_model(recipe: Recipe, trained: Trained) -> None:
+    """Leaves the final model in `out`/model."""
+    target = str(trained.folder / "model")
+    save_model(target, load_model(trained.model)[0], recipe.model.family, trained.manifest)
+
+
+def _pack(recipe: Recipe, source: Source, folder: Path, advance: Any) -> Manifest:
+    """The packed shards: those that are there, if they are of this source and whole, else new ones."""
+    place = recipe.data.shards or str(folder / "shards")
+    if storage.exists(storage.join(storage.check_url(place), "manifest.json")):
+        manifest = load_manifest(place)
+        same = (manifest.source.spec, manifest.source.options) == (source.spec, source.options)
+        if same and {name: record.samples for name, record in manifest.splits.items()} == source.splits:
+            try:
+                verify(manifest)
+                return manifest
+            except UserError as error:
+                if recipe.data.shards:
+                    raise
+                console.print(f"{error}: doing so")  # our own shards: made again from their source
+        elif recipe.data.shards:
+            raise UserError(
+                f"{place} holds a pack of {manifest.source.spec} with other options: remove it, or set data.shards to "
+                "another folder"
+            )
+    return pack(
+        source,
+        place,
+        rows_per_block=recipe.data.rows_per_block,
+        progress=lambda done, total: advance(done, total=total),
+    )
+
+
+def _train_root(
+    recipe: Recipe, manifest: Manifest, work: str, job: Job, uri: str, stages: Stages
+) -> dict[str, Any]:
+    from cluster.training import run_training
+
+    result_url = storage.join(work, "root", "result.json")
+    if storage.exists(result_url):
+        return dict(json.loads(storage.read_bytes(result_url)))
+    with (
+        stages.stage("train root mixture", total=recipe.training.steps, unit="steps") as advance,
+        remote_progress(advance) as board,
+    ):
+        result = run_training(
+            recipe,
+            manifest,
+            folder=storage.join(work, "root"),
+            job=job.id,
+            tracking_uri=uri,
+            run_id=job.run_id,
+            board=board,
+        )
+    # Told apart, so that nobody takes the start of worker processes for training.
+    name, ray_seconds = "train root mixture", result.pop("ray_seconds")
+    stages.seconds["start and stop workers"] = ray_seconds
+    stages.seconds[name] = stages.seconds.pop(name) - ray_seconds
+    storage.write_text(result_url, json.dumps(result))
+    return result
+
+
+def _split(recipe: Recipe, manifest: Manifest, work: str, stages: Stages) -> str:
+    """Routes, trains the sub-mixtures, and returns the folder of the flat model."""
+    root, target, place = storage.join(work, "root", "model"), storage.join(work, "flat"), storage.join(work, "split")
+    if storage.exists(storage.join(target, "model.json")):
+        return target
+    routing = storage.join(place, "routing.json")
+    if storage.exists(routing):
+        folders = {k: component_folder(place, k) for k in json.loads(storage.read_bytes(routing))}
+    else:
+        with stages.stage("route samples", unit="tasks") as advance:
+            folders = route_samples(recipe, manifest, root, place, advance)
+        storage.write_text(routing, json.dumps(sorted(folders)))
+    with stages.stage("train sub-mixtures", unit="samples") as advance:
+        train_sub_mixtures(recipe, folders, root, advance)
+    save_model(target, flatten(root, folders), recipe.model.family, manifest)
+    return target

@@ -1,0 +1,140 @@
+"""A job's identity: its memory in the output folder, its MLflow run, and its connection to Ray."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import time
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from cluster.recipe import Recipe
+from cluster.session import ray_session, require_resources
+from data import storage
+from data.errors import UserError
+from trainer import tracking
+
+
+@dataclass
+class Job:
+    """A job's memory of itself, `job.json` in the output folder: what makes a second call go on or start anew."""
+
+    id: str
+    recipe: str  # fingerprint
+    run_id: str | None = None
+    registered: dict[str, Any] | None = None
+    data: str | None = None  # fingerprint of the packed data
+    finished: bool = False
+
+    @classmethod
+    def find(cls, out: Path, recipe: Recipe) -> Job:
+        """The unfinished job of this recipe in `out`, or a new one; writes nothing."""
+        path = out / "job.json"
+        if path.exists():
+            with suppress(ValueError, TypeError):
+                last = cls(**json.loads(path.read_text()))
+                if not last.finished and last.recipe == recipe.fingerprint():
+                    return last
+        return cls(time.strftime("%Y%m%d-%H%M%S-") + uuid.uuid4().hex[:6], recipe.fingerprint())
+
+    def begin(self, out: Path, stack: ExitStack) -> None:
+        """Takes the folder for this process, writes `job.json`, and removes the working files of earlier jobs.
+
+        Raises:
+            UserError: another process works in the folder.
+        """
+        out.mkdir(parents=True, exist_ok=True)
+        try:
+            stack.enter_context(FileLock(out / ".lock", timeout=0))
+        except Timeout as error:
+            raise UserError(f"another job is at work in {out}: wait for it, or give another --out") from error
+        self.save(out)
+        if (out / "work").is_dir():
+            for old in (out / "work").iterdir():
+                if old.name != self.id:
+                    storage.remove(str(old))
+
+    def use_data(self, out: Path, fingerprint: str) -> None:
+        """Notes the data that the job works on; what it did on other data is removed."""
+        if self.data not in (None, fingerprint):
+            storage.remove(self.work(out))
+        self.data = fingerprint
+        self.save(out)
+
+    def work(self, out: Path) -> str:
+        """The folder of the job's working files."""
+        return str(out / "work" / self.id)
+
+    def save(self, out: Path) -> None:
+        """Writes `job.json`."""
+        storage.write_text(str(out / "job.json"), json.dumps(asdict(self), indent=1))
+
+
+def connect(recipe: Recipe, job: Job, uri: str, ray_address: str | None, stack: ExitStack) -> str:
+    """Starts Ray and the MLflow run at once; returns the run's id. Both are closed with the stack."""
+    scaling = recipe.scaling
+    with ThreadPoolExecutor(1) as side:
+        # MLflow first: a run that Ray then refuses is marked as failed, a Ray session that MLflow refuses just ends.
+        starting = side.submit(_tracked_run, job, recipe, uri)
+        session = ExitStack()
+        try:
+            session.enter_context(ray_session(ray_address, scaling.workers * scaling.cpus_per_worker))
+        except BaseException:
+            with suppress(UserError):
+                tracking.finish_run(uri, starting.result(), failed=True)
+            raise
+        stack.push(session)
+        job.run_id = starting.result()
+    stack.enter_context(_closing_run(uri, job.run_id))
+    require_resources(scaling.workers * scaling.cpus_per_worker, scaling.workers * scaling.gpus_per_worker)
+    return job.run_id
+
+
+def _tracked_run(job: Job, recipe: Recipe, uri: str) -> str:
+    """The MLflow run of this job: the one that it began, if the server still has it, else a new one."""
+    if job.run_id and tracking.resume_run(uri, job.run_id):
+        return job.run_id
+    tags = {**tracking.versions(), "job": job.id, "recipe": recipe.name, "host.python": platform.python_version()}
+    commit = _commit()
+    if commit:
+        tags["mlflow.source.git.commit"] = commit
+    params = _flat(recipe.model_dump(mode="json"))
+    return tracking.start_run(uri, recipe.tracking.experiment, f"{recipe.name}-{job.id}", params=params, tags=tags)
+
+
+def _commit() -> str | None:
+    """The commit of the code, where it runs from a git checkout."""
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=5
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip() or None
+
+
+def _flat(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in document.items():
+        out.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return out
+
+
+@contextmanager
+def _closing_run(uri: str, run_id: str) -> Iterator[None]:
+    """Marks the MLflow run as finished or failed, whatever happens."""
+    try:
+        yield
+    except BaseException:
+        with suppress(UserError):
+            tracking.finish_run(uri, run_id, failed=True)
+        raise
+    tracking.finish_run(uri, run_id)
