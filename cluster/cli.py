@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer.exceptions import TyperException
 
 from data.errors import UserError
 
@@ -35,14 +39,17 @@ TRACKING = typer.Option(None, "--tracking-uri", help="MLflow; default MLFLOW_TRA
 
 
 @app.command()
-def recipes() -> None:
-    """Lists the recipes that come with manymodes."""
-    from cluster.recipe import load_recipe, shipped_recipes
+def recipes(name: str = typer.Argument(None, help="show this recipe with all of its fields")) -> None:
+    """Lists the recipes that come with manymodes, or every field of one: value and meaning."""
+    from cluster.recipe import described, load_recipe, shipped_recipes
 
+    if name:
+        out_console.print(described(load_recipe(name)), markup=False, soft_wrap=True)
+        return
     table = Table("recipe", "source", "what it does", box=None, pad_edge=False)
-    for name in shipped_recipes():
-        recipe = load_recipe(name)
-        table.add_row(name, recipe.data.source, recipe.summary)
+    for known in shipped_recipes():
+        recipe = load_recipe(known)
+        table.add_row(known, recipe.data.source, recipe.summary)
     out_console.print(table)
 
 
@@ -51,34 +58,30 @@ def pack(
     source: str = typer.Argument(help="digits, mnist:FOLDER, images:FOLDER or array:FILE.npy|npz"),
     dest: str = typer.Argument(help="folder or URL for the shards and their manifest"),
     set_: list[str] = typer.Option(None, "--set", metavar="KEY=VALUE", help="option of the source, as size=64"),
+    replace: bool = typer.Option(False, "--replace", help="replace a pack of something else that is in DEST"),
 ) -> None:
     """Packs a source into WebDataset shards with a manifest."""
-    import yaml
-    from pydantic import ValidationError
-
     from cluster.progress import Stages
+    from cluster.recipe import load_source_options
+    from data import storage
+    from data.manifest import MANIFEST, load_manifest
     from data.shards import pack as pack_source
-    from data.sources import SourceOptions, open_source
+    from data.sources import open_source
 
-    values = {}
-    for item in set_ or []:
-        key, sign, text = item.partition("=")
-        if not sign:
-            raise UserError(f"--set {item!r} is not understood: write --set size=64")
-        values[key] = yaml.safe_load(text)
-    try:
-        options = SourceOptions(**values)
-    except ValidationError as error:
-        fault = error.errors()[0]
-        known = ", ".join(SourceOptions.model_fields)
-        raise UserError(f"--set {fault['loc'][0]}: {fault['msg']}; the options are {known}") from error
-    opened = open_source(source, options)
+    opened = open_source(source, load_source_options(set_ or ()))
+    place = storage.check_url(dest)
+    if not replace and storage.exists(storage.join(place, MANIFEST)):
+        there = load_manifest(place).source
+        if (there.spec, there.options) != (opened.spec, opened.options):
+            raise UserError(
+                f"{dest} holds a pack of {there.spec} {there.options}: choose another folder, or add --replace"
+            )
     with Stages().stage("pack shards", unit="samples") as advance:
-        manifest = pack_source(opened, dest, progress=lambda done, total: advance(done, total=total))
+        manifest = pack_source(opened, place, progress=lambda done, total: advance(done, total=total))
     table = Table("split", "samples", "shards", "MB", box=None, pad_edge=False)
-    for name, record in manifest.splits.items():
+    for split, record in manifest.splits.items():
         size = sum(shard.bytes for shard in record.shards) / 1e6
-        table.add_row(name, f"{record.samples:,}", str(len(record.shards)), f"{size:.1f}")
+        table.add_row(split, f"{record.samples:,}", str(len(record.shards)), f"{size:.1f}")
     out_console.print(table)
     out_console.print(f"{manifest.base}  shape {manifest.shape}  fingerprint {manifest.fingerprint[:12]}")
 
@@ -155,7 +158,9 @@ def sample(
         with publish(out) as handle:
             np.save(handle, samples, allow_pickle=False)
     elif is_image(samples.shape[1:]):
-        save_png(out, tile(samples, side))
+        sheet = tile(samples, side)
+        zoom = max(1, 800 // max(sheet.shape[:2]))  # small images would be a thumbnail
+        save_png(out, sheet.repeat(zoom, 0).repeat(zoom, 1))
     else:
         with publish(out) as handle:
             handle.write(sample_grid(samples, side, side))
@@ -164,17 +169,19 @@ def sample(
 
 @app.command()
 def evaluate(
-    samples: str = typer.Argument(help="shards, a folder of images, a .npy/.npz file, or models:/NAME@ALIAS"),
+    samples: str = typer.Argument(help="shards, a folder of images, a .npy/.npz file, models:/NAME@ALIAS or a run"),
     reference: str = typer.Option(..., "--reference", help="the data to cover, in the same forms"),
     bins: int = typer.Option(100, "--bins", min=2, help="number of K-means bins"),
     z_threshold: float = typer.Option(None, "--z-threshold", help="a bin differs where |z| exceeds this"),
     significance: float = typer.Option(None, "--significance", help="... or where p is below this (default 0.05)"),
     seed: int = typer.Option(0, "--seed", min=0, help="fixes the bins, and the samples of a model"),
-    n: int = typer.Option(10_000, "-n", min=1, help="samples drawn, where SAMPLES is a model"),
-    split: str = typer.Option(None, "--split", help="split of SAMPLES, where it is a pack (default test)"),
+    n: int = typer.Option(10_000, "-n", min=1, help="samples drawn from a model"),
+    split: str = typer.Option("test", "--split", help="split of SAMPLES, where it is a pack"),
     reference_split: str = typer.Option("train", "--reference-split", help="split of REF, where it is a pack"),
-    max_samples: int = typer.Option(None, "--max-samples", help="random subset that K-means is fitted to"),
-    max_dimensions: int = typer.Option(None, "--max-dimensions", help="random subset of the features"),
+    size: int = typer.Option(None, "--size", min=1, help="crop and resize images to this many pixels a side"),
+    grey: bool = typer.Option(None, "--grey/--rgb", help="turn images grey, or to RGB (default: as they are)"),
+    max_samples: int = typer.Option(None, "--max-samples", min=2, help="random subset that K-means is fitted to"),
+    max_dimensions: int = typer.Option(None, "--max-dimensions", min=1, help="random subset of the features"),
     n_init: int = typer.Option(10, "--n-init", min=1, help="K-means initialisations"),
     whiten: bool = typer.Option(False, "--whiten", help="divide by the reference's standard deviation"),
     as_json: bool = typer.Option(False, "--json", help="print one JSON object and nothing else"),
@@ -182,25 +189,28 @@ def evaluate(
     tracking_uri: str = TRACKING,
 ) -> None:
     """Scores samples against a reference: which modes are missing? (NDB and JS divergence)"""
-    from cluster.judging import judge_samples
+    from cluster.progress import Stages
+    from cluster.scoring import load_or_draw, score_samples
     from eval.bins import BinSettings
 
+    if z_threshold is not None and significance is not None:
+        raise UserError("give --z-threshold or --significance, not both")
+    stages = Stages(quiet=as_json)
+    with stages.stage("load reference"):
+        known = load_or_draw(
+            reference, split=reference_split, n=n, seed=seed + 1, size=size, grey=grey, tracking_uri=tracking_uri
+        )
+    with stages.stage("load samples"):
+        judged = load_or_draw(samples, split=split, n=n, seed=seed, size=size, grey=grey, tracking_uri=tracking_uri)
+    judged = dataclasses.replace(judged, name=samples)  # as the user calls them
     settings = BinSettings(
         n_bins=bins, max_samples=max_samples, max_dimensions=max_dimensions, n_init=n_init, whiten=whiten, seed=seed
     )
-    evaluation = judge_samples(
-        samples,
-        reference,
-        settings,
-        split=split or "test",
-        reference_split=reference_split,
-        n=n,
-        z_threshold=z_threshold,
-        significance=significance,
-        tracking_uri=tracking_uri,
-        report=report,
-        quiet=as_json,
+    evaluation = score_samples(
+        judged, known, settings, z_threshold=z_threshold, significance=significance, report=report, stages=stages
     )
+    if evaluation.warning:
+        print(f"manymodes: warning: {evaluation.warning}", file=sys.stderr)
     if as_json:
         print(json.dumps(evaluation.to_dict()))
         return
@@ -212,9 +222,11 @@ def evaluate(
     if result.ndb:
         out_console.print(table)
     _print_fields(
-        NDB=f"{result.ndb} of {result.bins} bins differ ({result.threshold}), NDB/K {result.ndb_over_k:.3f}",
+        NDB=f"{result.ndb} of {result.bins} bins differ ({result.threshold}; {result.expected_by_chance:.1f} expected "
+        f"by chance), NDB/K {result.ndb_over_k:.3f}",
         JS=f"{result.js:.5f} nats",
-        samples=f"{evaluation.name}: {result.n_samples:,} against {result.n_reference:,} of {reference}",
+        samples=f"{result.n_samples:,} of {samples} ({judged.scale})",
+        reference=f"{result.n_reference:,} of {reference} ({known.scale})",
         **({"report": report} if report else {}),
     )
 
@@ -237,16 +249,21 @@ def main() -> None:
     """The entry point: one line and exit code 2 for what the user can mend; a traceback only with --debug."""
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminated)
     try:
-        app()
+        code = app(standalone_mode=False)
     except UserError as error:
         if debug:
             raise
-        print(f"manymodes: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("manymodes: interrupted; the same command goes on where it stopped", file=sys.stderr)
-        sys.exit(130)
+        _leave(2, str(error))
+    except TyperException as error:
+        message = " ".join(error.format_message().split())
+        if not message:  # no arguments at all: the help was shown
+            sys.exit(2)
+        _leave(2, f"{message} (--help shows what is possible)")
+    except (KeyboardInterrupt, typer.Abort):
+        _leave(130, "interrupted; the same command goes on where it stopped")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -255,8 +272,15 @@ def main() -> None:
             raise
         from data.errors import one_line
 
-        print(
-            f"manymodes: internal error: {type(error).__name__}: {one_line(error)} (--debug shows where)",
-            file=sys.stderr,
-        )
-        sys.exit(1)
+        _leave(1, f"internal error: {type(error).__name__}: {one_line(error)} (--debug shows where)")
+    sys.exit(code or 0)
+
+
+def _terminated(signum: int, frame: Any) -> None:
+    """SIGTERM ends a job as Ctrl-C does: Ray and the MLflow run are closed."""
+    raise KeyboardInterrupt
+
+
+def _leave(code: int, message: str) -> NoReturn:
+    print(f"manymodes: {message}", file=sys.stderr)
+    sys.exit(code)

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.hierarchy import component_folder, flatten, route_samples, train_sub_mixtures
-from cluster.job import Job, connect
+from cluster.hierarchy import component_folder, flatten, route_samples, save_trained, train_sub_mixtures
+from cluster.job import Job, connect, exclusive
 from cluster.progress import Stages, console, remote_progress
 from cluster.recipe import Recipe
+from cluster.session import probe
 from data import storage
 from data.errors import UserError
-from data.manifest import Manifest, load_manifest, verify
+from data.manifest import MANIFEST, Manifest, load_manifest, verify
 from data.shards import pack
 from data.sources import Source, open_source
 from trainer import tracking
-from trainer.checkpoint import load_model, save_model
+from trainer.checkpoint import load_model
 
 
 @dataclass
@@ -44,24 +45,40 @@ class Trained:
 
 @contextmanager
 def trained_model(
-    recipe: Recipe, out: str, ray_address: str | None, quiet: bool, began: float | None = None
+    recipe: Recipe,
+    out: str,
+    ray_address: str | None,
+    *,
+    quiet: bool,
+    began: float | None = None,
+    check: Callable[[Manifest], None] = lambda manifest: None,
 ) -> Iterator[Trained]:
-    """Packs and trains; yields inside of the Ray session and of the MLflow run."""
+    """Packs and trains; yields inside of the Ray session and of the MLflow run.
+
+    `check` sees the packed data before training begins: what would fail afterwards is better refused then.
+    """
     folder = storage.local_folder(out)
     uri = tracking.resolve_uri(recipe.tracking.uri)
     stages = Stages(quiet)
     if began is not None:
         stages.seconds["load libraries"] = time.perf_counter() - began
     with ExitStack() as stack:
-        source = open_source(recipe.data.source, recipe.data.options)
+        stack.enter_context(exclusive(folder))
+        # What can be refused is refused before anything is written or started.
+        if ray_address:
+            probe(ray_address)
+        tracking.probe(uri)
+        with stages.stage("pack shards", unit="samples") as advance:
+            manifest = _packed(recipe, folder, advance)
+        check(manifest)
         job = Job.find(folder, recipe)
+        if job.run_id:
+            console.print(f"going on with job {job.id}")
         with stages.stage("start Ray and MLflow"):
             run_id = connect(recipe, job, uri, ray_address, stack)
-            job.begin(folder, stack)
-        with stages.stage("pack shards", unit="samples") as advance:
-            manifest = _pack(recipe, source, folder, advance)
+            job.begin(folder)
+            job.use_data(folder, manifest.fingerprint)
         tracking.log_dataset(uri, run_id, name=manifest.name, source=manifest.base, fingerprint=manifest.fingerprint)
-        job.use_data(folder, manifest.fingerprint)
         work = job.work(folder)
         root = _train_root(recipe, manifest, work, job, uri, stages)
         root_model = storage.join(work, "root", "model")
@@ -75,7 +92,7 @@ def train_job(recipe: Recipe, out: str, *, ray_address: str | None = None, quiet
     Raises:
         UserError: as `run_job`.
     """
-    with trained_model(recipe, out, ray_address, quiet) as trained:
+    with trained_model(recipe, out, ray_address, quiet=quiet) as trained:
         publish_model(recipe, trained)
         trained.job.finished = True
         trained.job.save(trained.folder)
@@ -90,16 +107,19 @@ def train_job(recipe: Recipe, out: str, *, ray_address: str | None = None, quiet
 def publish_model(recipe: Recipe, trained: Trained) -> None:
     """Leaves the final model in `out`/model."""
     target = str(trained.folder / "model")
-    save_model(target, load_model(trained.model)[0], recipe.model.family, trained.manifest)
+    model, _ = load_model(trained.model)
+    save_trained(target, model, recipe, trained.manifest)
 
 
-def _pack(recipe: Recipe, source: Source, folder: Path, advance: Any) -> Manifest:
-    """The packed shards: those that are there, if they are of this source and whole, else new ones."""
-    place = recipe.data.shards or str(folder / "shards")
-    if storage.exists(storage.join(storage.check_url(place), "manifest.json")):
+def _packed(recipe: Recipe, folder: Path, advance: Any) -> Manifest:
+    """The packed shards: a pack that is given, one that was made before from the same source, or a new one."""
+    place = storage.check_url(recipe.data.shards or str(folder / "shards"))
+    if recipe.data.source is None:
+        return load_manifest(place)
+    source = open_source(recipe.data.source, recipe.data.options)
+    if storage.exists(storage.join(place, MANIFEST)):
         manifest = load_manifest(place)
-        same = (manifest.source.spec, manifest.source.options) == (source.spec, source.options)
-        if same and {name: record.samples for name, record in manifest.splits.items()} == source.splits:
+        if _is_of(manifest, source):
             try:
                 verify(manifest)
                 return manifest
@@ -109,14 +129,23 @@ def _pack(recipe: Recipe, source: Source, folder: Path, advance: Any) -> Manifes
                 console.print(f"{error}: doing so")  # our own shards: made again from their source
         elif recipe.data.shards:
             raise UserError(
-                f"{place} holds a pack of {manifest.source.spec} with other options: remove it, or set data.shards to "
-                "another folder"
+                f"{place} holds a pack of {manifest.source.spec} that was made with other options or from other files: "
+                "remove it, set data.shards to another folder, or set data.source=null to use it as it is"
             )
     return pack(
         source,
         place,
         rows_per_block=recipe.data.rows_per_block,
         progress=lambda done, total: advance(done, total=total),
+    )
+
+
+def _is_of(manifest: Manifest, source: Source) -> bool:
+    """Whether a pack was made of this source as it is now."""
+    packed = {name: record.samples for name, record in manifest.splits.items()}
+    origin = manifest.source
+    return (origin.spec, origin.options, origin.stamp, manifest.shape, manifest.dtype, manifest.levels, packed) == (
+        *(source.spec, source.options, source.stamp, source.shape, source.dtype, source.levels, source.splits),
     )
 
 
@@ -163,5 +192,5 @@ def _split(recipe: Recipe, manifest: Manifest, work: str, stages: Stages) -> str
         storage.write_text(routing, json.dumps(sorted(folders)))
     with stages.stage("train sub-mixtures", unit="samples") as advance:
         train_sub_mixtures(recipe, folders, root, advance)
-    save_model(target, flatten(root, folders), recipe.model.family, manifest)
+    save_trained(target, flatten(root, folders), recipe, manifest)
     return target

@@ -7,6 +7,7 @@ a number of sub-components by its sample count; in the flat model the mixing coe
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 
 from cluster.recipe import Recipe
 from data import storage
-from data.errors import UserError, one_line
+from data.errors import StorageError, UserError, one_line
 from data.manifest import Manifest, ShardRecord, SplitRecord, load_manifest, save_manifest
 from data.shards import write_shard
 from data.stream import ShardStream, read_blocks
@@ -31,11 +32,15 @@ from trainer.settings import TRAIN_SPLIT
 
 Advance = Callable[..., None]
 
+# A routing task holds what it read in memory until it writes its parts.
+_ROUTED_BYTES = 256 << 20
+
 
 def route_samples(recipe: Recipe, manifest: Manifest, root: str, folder: str, advance: Advance) -> dict[int, str]:
     """One pass over the training split: every sample goes to the shards of its most responsible root component.
 
-    The pass is cut into one Ray task per CPU, each reading its own blocks and writing one part per component.
+    The pass is cut into Ray tasks, each reading its own blocks and writing one part per component. How it is cut
+    depends on the data alone, so that the components' shards are the same on any cluster.
 
     Args:
         recipe: the job's recipe.
@@ -47,8 +52,10 @@ def route_samples(recipe: Recipe, manifest: Manifest, root: str, folder: str, ad
     Returns:
         The folder of each component that received samples.
     """
-    tasks = max(1, min(int(ray.cluster_resources().get("CPU", 1)), len(manifest.splits[TRAIN_SPLIT].shards) * 8))
-    task = ray.remote(num_cpus=1, max_retries=recipe.splitting.max_retries)(_route_part)
+    shards = manifest.split(TRAIN_SPLIT).shards
+    tasks = min(sum(len(s.members) for s in shards), max(8, math.ceil(sum(s.bytes for s in shards) / _ROUTED_BYTES)))
+    retries = recipe.splitting.max_retries
+    task = ray.remote(num_cpus=1, max_retries=retries, retry_exceptions=[StorageError])(_route_part)
     document = recipe.model_dump(mode="json")
     pending = [task.remote(document, manifest.base, root, folder, i, tasks) for i in range(tasks)]
     parts: dict[int, list[ShardRecord]] = {}
@@ -113,7 +120,7 @@ def train_sub_mixtures(
         num_cpus=settings.cpus_per_task,
         num_gpus=settings.gpus_per_task,
         max_retries=settings.max_retries,
-        retry_exceptions=[OSError],
+        retry_exceptions=[StorageError],
     )(_train_sub_mixture)
     document = recipe.model_dump(mode="json")
     pending = [task.remote(document, folders[k], root, k) for k in order]
@@ -123,6 +130,12 @@ def train_sub_mixtures(
         done += sizes[component]
         advance(done, total=sum(sizes.values()), text=f"{len(results)} of {len(order)} components")
     return results
+
+
+def save_trained(folder: str, model: MFA, recipe: Recipe, manifest: Manifest) -> None:
+    """Stores a model of this recipe, trained on this data."""
+    dequantised = recipe.training.dequantises(manifest.levels)
+    save_model(folder, model, recipe.model.family, manifest, dequantised=dequantised)
 
 
 def sub_components(samples: int, recipe: Recipe) -> int:
@@ -143,7 +156,7 @@ def _train_sub_mixture(document: dict[str, Any], folder: str, root: str, compone
     model = MFA(n_components, parent.n_features, settings.n_factors, parent.noise_floor)
     if n_components > 1:
         _fit_sub_mixture(model, recipe, manifest, parent.noise_variance[component].detach(), component)
-        save_model(storage.join(folder, "model"), model, recipe.model.family, manifest)
+        save_trained(storage.join(folder, "model"), model, recipe, manifest)
     result = {"samples": samples, "n_components": n_components}
     storage.write_text(result_url, json.dumps(result))
     return component, result

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import subprocess
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -45,17 +47,8 @@ class Job:
                     return last
         return cls(time.strftime("%Y%m%d-%H%M%S-") + uuid.uuid4().hex[:6], recipe.fingerprint())
 
-    def begin(self, out: Path, stack: ExitStack) -> None:
-        """Takes the folder for this process, writes `job.json`, and removes the working files of earlier jobs.
-
-        Raises:
-            UserError: another process works in the folder.
-        """
-        out.mkdir(parents=True, exist_ok=True)
-        try:
-            stack.enter_context(FileLock(out / ".lock", timeout=0))
-        except Timeout as error:
-            raise UserError(f"another job is at work in {out}: wait for it, or give another --out") from error
+    def begin(self, out: Path) -> None:
+        """Writes `job.json`, and removes the working files of earlier jobs."""
         self.save(out)
         if (out / "work").is_dir():
             for old in (out / "work").iterdir():
@@ -78,6 +71,25 @@ class Job:
         storage.write_text(str(out / "job.json"), json.dumps(asdict(self), indent=1))
 
 
+@contextmanager
+def exclusive(out: Path) -> Iterator[None]:
+    """Keeps other processes of this machine from working in the same output folder.
+
+    Raises:
+        UserError: one does.
+    """
+    name = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]
+    lock = FileLock(Path(tempfile.gettempdir()) / f"manymodes-{name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(f"another job is at work in {out}: wait for it, or give another --out") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def connect(recipe: Recipe, job: Job, uri: str, ray_address: str | None, stack: ExitStack) -> str:
     """Starts Ray and the MLflow run at once; returns the run's id. Both are closed with the stack."""
     scaling = recipe.scaling
@@ -94,7 +106,10 @@ def connect(recipe: Recipe, job: Job, uri: str, ray_address: str | None, stack: 
         stack.push(session)
         job.run_id = starting.result()
     stack.enter_context(_closing_run(uri, job.run_id))
-    require_resources(scaling.workers * scaling.cpus_per_worker, scaling.workers * scaling.gpus_per_worker)
+    workers = scaling.workers
+    require_resources("the workers", workers * scaling.cpus_per_worker, workers * scaling.gpus_per_worker)
+    if recipe.hierarchy:
+        require_resources("the sub-mixtures", recipe.hierarchy.cpus_per_task, recipe.hierarchy.gpus_per_task)
     return job.run_id
 
 

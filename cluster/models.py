@@ -3,36 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
 from data.errors import UserError
-
-
-class OpenedModel(Protocol):
-    """A model ready to sample and score; `data` says what it was trained on (name, shape, levels, fingerprint)."""
-
-    data: dict[str, Any]
-
-    def sample(self, n: int, seed: int) -> np.ndarray: ...
-
-    def log_prob(self, x: np.ndarray) -> np.ndarray: ...
+from trainer.checkpoint import load_model
 
 
 class LocalModel:
-    """A model in a folder, as NumPy in and NumPy out, in batches."""
+    """A model in a folder, NumPy in and NumPy out, in batches.
+
+    `data` says what it was trained on: name, shape, levels (None where it is no density of dequantised pixels),
+    fingerprint.
+
+    Raises:
+        UserError: the folder holds no model, or a damaged one.
+    """
 
     def __init__(self, folder: str, batch: int = 1024) -> None:
-        from trainer.checkpoint import load_model
-
         self.model, document = load_model(folder)
         self.data: dict[str, Any] = document["data"]
         self.batch = batch
 
     def sample(self, n: int, seed: int) -> np.ndarray:
-        """n samples [n, *shape]."""
+        """n samples [n, *shape]; the same for the same seed."""
         samples = self.model.sample(n, torch.Generator().manual_seed(seed)).numpy()
         return np.asarray(samples).reshape(n, *self.data["shape"])
 
@@ -43,18 +39,26 @@ class LocalModel:
             return torch.cat([self.model.log_prob(part) for part in flat.split(self.batch)]).double().numpy()
 
 
-def open_model(place: str, tracking_uri: str | None = None) -> OpenedModel:
+def model_folder(place: str) -> str | None:
+    """The folder of the model that is stored at `place`, or in the run whose --out folder it is."""
+    for folder in (Path(place) / "model", Path(place)):
+        if (folder / "model.json").is_file():
+            return str(folder)
+    return None
+
+
+def open_model(place: str, tracking_uri: str | None = None) -> LocalModel:
     """Opens `models:/...` from the registry, or a model's folder or the folder of the run that made it.
 
     Raises:
         UserError: nothing there that can be loaded.
     """
     if place.startswith("models:"):
-        from deploy.registry import RegisteredModel
+        from deploy.registry import fetch_model
         from trainer.tracking import resolve_uri
 
-        return RegisteredModel(place, resolve_uri(tracking_uri))
-    for folder in (Path(place) / "model", Path(place)):
-        if (folder / "model.json").is_file():
-            return LocalModel(str(folder))
-    raise UserError(f"{place}: no model there; give models:/NAME@ALIAS or the --out folder of a finished run")
+        return LocalModel(fetch_model(place, resolve_uri(tracking_uri)))
+    folder = model_folder(place)
+    if folder is None:
+        raise UserError(f"{place}: no model there; give models:/NAME@ALIAS or the --out folder of a finished run")
+    return LocalModel(folder)

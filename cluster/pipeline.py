@@ -10,9 +10,12 @@ import numpy as np
 
 from cluster.fitting import Trained, publish_model, trained_model
 from cluster.models import LocalModel
+from cluster.progress import console
 from cluster.recipe import Recipe
 from data import storage
+from data.errors import UserError
 from data.manifest import Manifest
+from data.samples import load_samples
 from data.stream import read_blocks
 from deploy.registry import Registered, register_model
 from eval import figures
@@ -41,7 +44,9 @@ def run_job(
     Raises:
         UserError: anything that the user can mend; the run is then marked as failed in MLflow.
     """
-    with trained_model(recipe, out, ray_address, quiet, began) as trained:
+    with trained_model(
+        recipe, out, ray_address, quiet=quiet, began=began, check=lambda manifest: _can_be_judged(recipe, manifest)
+    ) as trained:
         stages = trained.stages
         with stages.stage("evaluate", unit="models") as advance:
             comparison, name = _evaluate(recipe, trained, advance)
@@ -55,23 +60,39 @@ def run_job(
         return _summarise(recipe, trained, registered, metrics, comparison)
 
 
+def _can_be_judged(recipe: Recipe, manifest: Manifest) -> None:
+    """Refuses, before training, data that the evaluation would refuse after it."""
+    for split in (TRAIN_SPLIT, TEST_SPLIT):
+        n, bins = manifest.n_samples(split), recipe.evaluation.bins
+        if min(n, bins.max_samples or n) < bins.n_bins:
+            raise UserError(
+                f"{manifest.name}: the {split} split has {n} samples for {bins.n_bins} bins: use more data, or lower "
+                "evaluation.bins.n_bins"
+            )
+
+
 def _evaluate(recipe: Recipe, trained: Trained, advance: Any) -> tuple[Comparison, str]:
     """Judges baselines, root and final model; returns the comparison and the final model's name in it."""
     settings, manifest = recipe.evaluation, trained.manifest
     noise = settings.seed if recipe.training.dequantises(manifest.levels) else None
+    reference, held_out = (load_samples(manifest.base, split=split) for split in (TRAIN_SPLIT, TEST_SPLIT))
     data = JudgedData(
-        _rows(manifest, TRAIN_SPLIT, None),
-        _rows(manifest, TEST_SPLIT, None),
+        reference,
+        held_out.x,
+        "held-out data",
         _rows(manifest, TEST_SPLIT, noise),
         manifest.levels if noise is not None else None,
-        f"{manifest.name} ({TRAIN_SPLIT} split)",
-        manifest.fingerprint,
     )
     models: dict[str, Density] = {}
     components = recipe.model.n_components
     if settings.baselines:
         train = _rows(manifest, TRAIN_SPLIT, noise).reshape(manifest.n_samples(TRAIN_SPLIT), -1)
-        for kind in settings.baselines:
+        if len(train) <= train.shape[1]:
+            console.print(
+                f"no full-covariance baselines: {len(train)} samples cannot determine a covariance of {train.shape[1]} "
+                "features"
+            )
+        for kind in settings.baselines if len(train) > train.shape[1] else ():
             k = 1 if kind == "gaussian" else components
             label = "single Gaussian, full covariance" if k == 1 else f"Gaussian mixture, full covariance, K={k}"
             advance(0, text=f"fitting {label}")
@@ -162,7 +183,10 @@ def _write_report(
     recipe: Recipe, trained: Trained, comparison: Comparison, name: str, registered: Registered
 ) -> None:
     row = comparison.row(name)
-    sections = [*report_sections(comparison, name), *_model_sections(trained)]
+    data = comparison.data
+    beside = (data.held_out_name, data.held_out)
+    sections = report_sections(comparison.bins, data.reference.x, comparison.rows, row, beside)
+    sections += _model_sections(trained)
     protocol = {
         **row.evaluation.protocol,
         "model": registered.uri,
@@ -172,7 +196,7 @@ def _write_report(
     seconds = [[stage, f"{value:.1f}"] for stage, value in trained.stages.seconds.items()]
     timing = ReportTable("Stages", ["stage", "seconds"], seconds)
     result = row.evaluation.result
-    lead = f"{name}, trained on {comparison.data.name}: {result.ndb} of {result.bins} bins differ from the data."
+    lead = f"{name}, trained on {data.reference.name}: {result.ndb} of {result.bins} bins differ from the data."
     html = render_report(f"manymodes: {recipe.name}", comparison.table(), sections, protocol, timing, lead)
     storage.write_text(str(trained.folder / "report.html"), html)
 

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import ray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column
@@ -61,12 +60,18 @@ class Stages:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 
 
-@ray.remote(num_cpus=0)
 class _Board:
-    """Holds the latest progress that a remote process posted."""
+    """An actor that holds what a remote job posts: its latest progress, and the fault that ended it."""
 
     def __init__(self) -> None:
         self.latest: dict[str, Any] = {}
+        self.fault: str | None = None
+
+    def fail(self, fault: str) -> None:
+        self.fault = self.fault or fault
+
+    def failure(self) -> str | None:
+        return self.fault
 
     def post(self, values: dict[str, Any]) -> None:
         self.latest = values
@@ -77,8 +82,13 @@ class _Board:
 
 @contextlib.contextmanager
 def remote_progress(advance: Any) -> Iterator[Any]:
-    """An actor handle to which a remote process posts {"done", "text"}; a thread here moves the bar by it."""
-    board = _Board.remote()  # type: ignore[attr-defined]
+    """An actor handle to which a remote process posts {"done", "text"}; a thread here moves the bar by it.
+
+    The same actor keeps the fault of one worker for the others (`fail`, `failure`).
+    """
+    import ray  # what needs no cluster (pack, evaluate) shows progress without it
+
+    board = ray.remote(num_cpus=0)(_Board).remote()
     over = threading.Event()
 
     def follow() -> None:

@@ -22,10 +22,18 @@ from trainer.settings import InitialisationSettings, ModelSettings, OptimiserSet
 class DataSettings(Settings):
     """Where the samples come from."""
 
-    source: str = Field(description="digits, mnist:FOLDER, images:FOLDER or array:FILE.npy|npz")
+    source: str | None = Field(
+        None, description="digits, mnist:FOLDER, images:FOLDER or array:FILE.npy|npz; null takes the pack in `shards`"
+    )
     shards: str | None = Field(None, description="folder or URL of the packed shards; null puts them below --out")
     rows_per_block: int = Field(1000, ge=1, description="rows in one tar member; fewer where rows are large")
     options: SourceOptions = Field(default_factory=lambda: SourceOptions())
+
+    @model_validator(mode="after")
+    def _somewhere(self) -> DataSettings:
+        if self.source is None and self.shards is None:
+            raise ValueError("set source (what to pack), shards (a pack that is there), or both")
+        return self
 
 
 class ScalingSettings(Settings):
@@ -61,7 +69,9 @@ class EvaluationSettings(Settings):
 
     bins: BinSettings = Field(default_factory=lambda: BinSettings())
     z_threshold: float | None = Field(None, gt=0, description="a bin differs where |z| exceeds this ...")
-    significance: float | None = Field(None, gt=0, lt=1, description="... or where its p-value is below this")
+    significance: float | None = Field(
+        None, gt=0, lt=1, description="... or where its p-value is below this; 0.05 if neither is set"
+    )
     n_samples: int = Field(2000, ge=1, description="samples drawn from each model")
     baselines: list[Literal["gaussian", "gaussian-mixture"]] = Field(
         default_factory=list,
@@ -73,8 +83,8 @@ class EvaluationSettings(Settings):
     def _one_threshold(self) -> EvaluationSettings:
         if self.z_threshold is not None and self.significance is not None:
             raise ValueError("set z_threshold or significance, not both")
-        if self.z_threshold is None and self.significance is None:
-            self.__dict__["significance"] = 0.05
+        if self.n_samples < self.bins.n_bins:
+            raise ValueError(f"n_samples ({self.n_samples}) must not be below bins.n_bins ({self.bins.n_bins})")
         return self
 
 
@@ -132,8 +142,19 @@ class Recipe(Settings):
         return self.registry.name or self.name
 
     def fingerprint(self) -> str:
-        """SHA-256 of what decides the result of training; where it is recorded does not."""
-        document = self.model_dump(mode="json", exclude={"tracking", "registry", "summary"})
+        """SHA-256 of what decides the trained model: an unfinished job goes on where this is the same.
+
+        Where it runs, by which engine, how it is judged and where it is recorded may change in between.
+        """
+        document = self.model_dump(
+            mode="json",
+            include={"data": True, "model": True, "initialisation": True, "training": True, "hierarchy": True},
+            exclude={
+                "training": {"log_every", "checkpoint_every", "loader_workers", "engine", "zero_stage", "lanes"},
+                "hierarchy": {"cpus_per_task", "gpus_per_task", "max_retries"},
+            },
+        )
+        document["lanes"] = self.training.lanes or self.scaling.workers
         return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
@@ -171,6 +192,38 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(f"recipe {name_or_path}: {'; '.join(_explain(error))}") from error
 
 
+def load_source_options(overrides: Sequence[str]) -> SourceOptions:
+    """The options of a source from `key=value` texts.
+
+    Raises:
+        UserError: unknown or mistyped options.
+    """
+    document: dict[str, Any] = {}
+    for override in overrides:
+        _apply(document, override)
+    try:
+        return SourceOptions.model_validate(document)
+    except ValidationError as error:
+        raise UserError(f"--set: {'; '.join(_explain(error, SourceOptions))}") from error
+
+
+def described(recipe: Recipe) -> str:
+    """The recipe as YAML with every field, defaults included, and what each means; a file to start one's own from."""
+    lines: list[str] = []
+    _describe(recipe, "", lines)
+    return "\n".join(lines)
+
+
+def _describe(settings: BaseModel, indent: str, lines: list[str]) -> None:
+    for name, field in type(settings).model_fields.items():
+        value = getattr(settings, name)
+        if isinstance(value, BaseModel):
+            lines.append(f"{indent}{name}:")
+            _describe(value, indent + "  ", lines)
+        else:
+            lines.append(f"{indent + name + ': ' + json.dumps(value):<44}  # {field.description}")
+
+
 def _apply(document: dict[str, Any], override: str) -> None:
     key, sign, text = override.partition("=")
     if not sign or not key.strip():
@@ -190,13 +243,13 @@ def _apply(document: dict[str, Any], override: str) -> None:
     place[last] = value
 
 
-def _explain(error: ValidationError) -> list[str]:
+def _explain(error: ValidationError, root: type[BaseModel] | None = None) -> list[str]:
     messages = []
     for fault in error.errors():
         path = [str(part) for part in fault["loc"]]
         where = ".".join(path)
         if fault["type"] == "extra_forbidden":
-            fields = _fields_at(path[:-1])
+            fields = _fields_at(path[:-1], root or Recipe)
             messages.append(f"unknown field {where!r}{_nearest(path[-1], fields)} (fields there: {', '.join(fields)})")
         elif fault["type"] == "missing":
             messages.append(f"{where!r} is missing")
@@ -207,9 +260,8 @@ def _explain(error: ValidationError) -> list[str]:
     return messages
 
 
-def _fields_at(path: Sequence[str]) -> list[str]:
-    """The known field names at a dotted place of the recipe."""
-    place: type[BaseModel] = Recipe
+def _fields_at(path: Sequence[str], place: type[BaseModel]) -> list[str]:
+    """The known field names at a dotted place below a settings class."""
     for part in path:
         annotation = place.model_fields[part].annotation
         choices = [annotation, *get_args(annotation)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 from collections.abc import Iterator
@@ -11,7 +12,6 @@ from urllib.parse import urlsplit
 # Ray Train delivers one report per such interval (default 2 s); read by the driver before fit().
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray
 
@@ -24,15 +24,17 @@ CONNECT_SECONDS = 5.0
 def ray_session(address: str | None, cpus: float) -> Iterator[None]:
     """Connects to the cluster at `address` (HOST:PORT, ray://HOST:PORT or `auto`), or starts an embedded one.
 
-    The embedded cluster has this machine's cores, and at least `cpus` of them, so that a recipe for two workers runs
-    on one core as well (slower). It ends with the session; an existing cluster is left as it was.
+    Without an address, RAY_ADDRESS counts, as it is set inside of a submitted job. An embedded cluster has the cores
+    that Ray finds, and at least `cpus` of them, so that a recipe for two workers runs on one core as well (slower).
+    It ends with the session; an existing cluster is left as it was.
 
     Raises:
         UserError: the address does not answer, or refuses the connection.
     """
     options = {"log_to_driver": False, "logging_level": "ERROR"}
+    address = address or os.environ.get("RAY_ADDRESS")
     if address:
-        _probe(address)
+        probe(address)
         try:
             ray.init(address=address, **options)
         except Exception as error:
@@ -40,15 +42,18 @@ def ray_session(address: str | None, cpus: float) -> Iterator[None]:
                 f"Ray at {address} cannot be used: {one_line(error)}; check the address and the token (RAY_AUTH_TOKEN)"
             ) from error
     else:
-        ray.init(num_cpus=max(os.cpu_count() or 1, round(cpus + 0.5 - 1e-9)), include_dashboard=False, **options)
+        ray.init(include_dashboard=False, **options)
+        if ray.cluster_resources().get("CPU", 0) < cpus:
+            ray.shutdown()
+            ray.init(num_cpus=math.ceil(cpus), include_dashboard=False, **options)
     try:
         yield
     finally:
         ray.shutdown()
 
 
-def _probe(address: str) -> None:
-    """Fails within seconds where Ray itself would wait for minutes."""
+def probe(address: str) -> None:
+    """Fails within seconds, with a UserError, where Ray itself would wait for minutes."""
     if address in ("auto", "local"):
         return
     parts = urlsplit(address if "://" in address else f"//{address}")
@@ -67,8 +72,8 @@ def _probe(address: str) -> None:
         ) from error
 
 
-def require_resources(cpus: float, gpus: float) -> None:
-    """Refuses a job that the cluster can never place; Ray itself would wait for ever.
+def require_resources(what: str, cpus: float, gpus: float) -> None:
+    """Refuses work that the cluster can never place; Ray itself would wait for ever.
 
     Raises:
         UserError: with what is asked for and what is there.
@@ -77,6 +82,6 @@ def require_resources(cpus: float, gpus: float) -> None:
     for name, wanted in (("CPU", cpus), ("GPU", gpus)):
         if wanted > there.get(name, 0):
             raise UserError(
-                f"the job asks for {wanted:g} {name}s, the Ray cluster has {there.get(name, 0):g}: "
-                f"lower scaling.workers or scaling.{name.lower()}s_per_worker, or add nodes"
+                f"{what} ask for {wanted:g} {name}s, the Ray cluster has {there.get(name, 0):g}: add nodes, or lower "
+                f"scaling.workers, scaling.{name.lower()}s_per_worker or hierarchy.{name.lower()}s_per_task"
             )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import ray
 import ray.train
 import torch
 from ray.train.collective import broadcast_from_rank_zero
@@ -14,7 +17,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from cluster.recipe import Recipe
 from data import storage
-from data.errors import UserError, one_line
+from data.errors import SharedError, StorageError, UserError, one_line
 from data.manifest import Manifest, load_manifest
 from data.stream import ShardStream
 from trainer.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, save_model
@@ -80,6 +83,7 @@ def run_training(
         ),
     )
     began = time.time()
+    handler = signal.getsignal(signal.SIGINT)
     try:
         result = trainer.fit()
     except SystemExit as error:  # what Ray Train makes of Ctrl-C
@@ -90,6 +94,10 @@ def run_training(
         raise UserError(
             f"the training job ended: {one_line(error)}; run the same command again to go on from the last checkpoint"
         ) from error
+    finally:
+        # Ray Train takes Ctrl-C for itself and does not give it back.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)
     outcome = dict(result.return_value)
     if "user_error" in outcome:
         raise UserError(outcome["user_error"])
@@ -111,12 +119,24 @@ def _cause(failures: dict[int, BaseException]) -> Exception:
 
 
 def _worker(config: dict[str, Any]) -> dict[str, Any]:
-    """One rank. A fault that only the user can mend is returned: an exception would be tried again in vain."""
-    started = time.time()
+    """One rank. A fault that only the user can mend ends the job, instead of being tried again in vain.
+
+    Where all ranks met it together it is returned. Where one met it, the others may wait for it in a collective:
+    it is noted and raised, Ray starts the group again, and the new group finds the note and ends.
+    """
+    started, board = time.time(), config["board"]
+    noted = ray.get(board.failure.remote())
+    if noted:
+        return {"user_error": noted}
     try:
         return {**_train_rank(config), "started": started, "ended": time.time()}
-    except UserError as error:
+    except SharedError as error:
         return {"user_error": str(error)}
+    except StorageError:
+        raise  # the store may be back at the next try
+    except UserError as error:
+        ray.get(board.fail.remote(str(error)))
+        raise
 
 
 def _train_rank(config: dict[str, Any]) -> dict[str, Any]:
@@ -161,6 +181,7 @@ def _train_rank(config: dict[str, Any]) -> dict[str, Any]:
         if rank != 0:
             ray.train.report(metrics)
             return
+        logger.flush()  # what was logged up to a checkpoint is never lost
         with tempfile.TemporaryDirectory() as folder:
             details = {"stream": stream.state(), "recipe": config["recipe"], "history": _plain(history)}
             save_checkpoint(Path(folder), step, state, details)
@@ -168,6 +189,7 @@ def _train_rank(config: dict[str, Any]) -> dict[str, Any]:
             ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=f"step_{step:08d}")
 
     if found is not None:
+        _post(config["board"], found.step, f"resumed at step {found.step}")
         history = [LogEntry(entry["step"], entry["metrics"]) for entry in found.details["history"]]
     state = train(
         objective,
@@ -181,7 +203,10 @@ def _train_rank(config: dict[str, Any]) -> dict[str, Any]:
     if rank == 0:
         final = build_model(recipe, manifest)
         final.load_state_dict({name: state[f"model.module.{name}"] for name in final.state_dict()})
-        save_model(storage.join(config["folder"], "model"), final, recipe.model.family, manifest)
+        dequantised = settings.dequantises(manifest.levels)
+        save_model(
+            storage.join(config["folder"], "model"), final, recipe.model.family, manifest, dequantised=dequantised
+        )
     last = history[-1].metrics if history else {}
     return {**last, "history": [(e["step"], e["metrics"].get("loss", 0.0)) for e in _plain(history)]}
 
@@ -198,7 +223,7 @@ def _initialise_on_rank_zero(model: MFA, recipe: Recipe, manifest: Manifest, ran
             problem = str(error)
     problem = broadcast_from_rank_zero(problem)
     if problem:
-        raise UserError(problem)
+        raise SharedError(problem)
 
 
 def build_model(recipe: Recipe, manifest: Manifest) -> MFA:
@@ -220,5 +245,4 @@ def _plain(history: list[LogEntry]) -> list[dict[str, Any]]:
 
 
 def _post(board: Any, done: int, text: str) -> None:
-    if board is not None:
-        board.post.remote({"done": done, "text": text})
+    board.post.remote({"done": done, "text": text})

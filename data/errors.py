@@ -13,12 +13,20 @@ class UserError(Exception):
     """
 
 
+class StorageError(UserError):
+    """A file or store could not be read or written; it may be there again in a moment, so tasks try again."""
+
+
+class SharedError(UserError):
+    """Raised by every rank of a job at the same point, so that no rank waits for another in a collective."""
+
+
 def one_line(error: BaseException) -> str:
     """The first line of an exception's text, or its type where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def io_error(error: OSError, url: str, doing: str) -> UserError:
+def io_error(error: OSError, url: str, doing: str) -> StorageError:
     """Turns an operating-system error met while `doing` something with `url` into a message with its remedy."""
     remedies = {
         errno.ENOSPC: "the disk is full: free some space or choose another folder",
@@ -30,4 +38,4 @@ def io_error(error: OSError, url: str, doing: str) -> UserError:
         errno.EISDIR: "this is a folder where a file was expected: check the path",
     }
     reason = remedies.get(error.errno or 0) or error.strerror or one_line(error)
-    return UserError(f"cannot {doing} {url}: {reason}")
+    return StorageError(f"cannot {doing} {url}: {reason}")

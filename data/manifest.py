@@ -63,6 +63,7 @@ class Origin(BaseModel):
 
     spec: str
     options: dict[str, Any] = Field(default_factory=dict)
+    stamp: str = Field("", description="of the source's files when they were packed")
 
 
 class Manifest(BaseModel):

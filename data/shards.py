@@ -26,22 +26,9 @@ from data.manifest import (
     SplitRecord,
     load_manifest,
     save_manifest,
-    verify,
 )
 from data.members import Block, block_rows, encode, regroup
 from data.sources import Source
-
-__all__ = [
-    "Manifest",
-    "Origin",
-    "ShardRecord",
-    "SplitRecord",
-    "load_manifest",
-    "pack",
-    "save_manifest",
-    "verify",
-    "write_shard",
-]
 
 # Lists the files of a pack under way, so that the next pack can clear up after one that was killed.
 _JOURNAL = "packing.json"
@@ -141,7 +128,7 @@ def pack(
             dtype="uint8" if source.dtype == "uint8" else "float32",
             levels=source.levels,
             class_names=source.class_names,
-            source=Origin(spec=source.spec, options=source.options),
+            source=Origin(spec=source.spec, options=source.options, stamp=source.stamp),
             splits=splits,
         )
         manifest = save_manifest(manifest, dest)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import math
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ class Source:
         dtype: uint8 or float32.
         levels: number of values of a pixel, or None for real numbers.
         class_names: name of each label, where known.
+        stamp: changes when a file of the source does (names, sizes, times of change).
     """
 
     name: str
@@ -64,6 +66,7 @@ class Source:
     class_names: tuple[str, ...] | None
     parts: dict[str, Part]
     options: dict[str, Any] = field(default_factory=dict)
+    stamp: str = ""
 
     @property
     def splits(self) -> dict[str, int]:
@@ -154,7 +157,16 @@ def _open_mnist(spec: str, place: str, options: SourceOptions) -> Source:
         if len(x) != len(labels) or not len(x):
             raise UserError(f"{folder}: {len(x)} {split} images but {len(labels)} labels: fetch the files again")
         given[split] = _whole(x, labels)
-    return Source("mnist", spec, x.shape[1:], "uint8", 256, tuple("0123456789"), _divide(given, options))
+    stamp = _stamp(sorted(folder.glob("*-ubyte*")))
+    return Source("mnist", spec, x.shape[1:], "uint8", 256, tuple("0123456789"), _divide(given, options), stamp=stamp)
+
+
+def _stamp(files: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        found = file.stat()
+        digest.update(f"{file.name} {found.st_size} {found.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:32]
 
 
 def _read_idx(folder: Path, stem: str, n_dimensions: int) -> np.ndarray:
@@ -195,7 +207,7 @@ def _open_images(spec: str, place: str, options: SourceOptions) -> Source:
     parts = _divide(given, options)
     used = np.sort(np.concatenate([part.rows for part in parts.values()]))
     shaping = images.plan([files[row] for row in used], options.size, options.crop, options.grey)
-    return Source(folder.name, spec, shaping.shape, "uint8", 256, classes, parts)
+    return Source(folder.name, spec, shaping.shape, "uint8", 256, classes, parts, stamp=_stamp(files))
 
 
 def _open_array(spec: str, place: str, options: SourceOptions) -> Source:
@@ -214,7 +226,8 @@ def _open_array(spec: str, place: str, options: SourceOptions) -> Source:
     if real:
         for part in parts.values():
             _check_finite(path, x, np.sort(part.rows))
-    return Source(path.stem, spec, x.shape[1:], "float32" if real else "uint8", None if real else 256, None, parts)
+    dtype, levels = ("float32", None) if real else ("uint8", 256)
+    return Source(path.stem, spec, x.shape[1:], dtype, levels, None, parts, stamp=_stamp([path]))
 
 
 def _read_arrays(path: Path) -> tuple[np.ndarray, np.ndarray | None]:

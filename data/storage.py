@@ -7,6 +7,7 @@ import hashlib
 import os
 import posixpath
 import re
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -106,7 +107,7 @@ def publish(url: str) -> Iterator[IO[bytes]]:
     """
     fs, path = filesystem(url)
     local = is_local(check_url(url))
-    target = f"{path}.partial-{os.getpid()}" if local else path
+    target = f"{path}.partial-{uuid.uuid4().hex[:12]}" if local else path
     handle: Any = None
     try:
         if local:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -122,16 +123,16 @@ class ShardStream:
         if not workers:
             yield from self.epoch(epoch, start_step)
             return
-        message = ""
+        fault: UserError | None = None
         try:
             yield from DataLoader(_Epoch(self, epoch, start_step), batch_size=None, num_workers=workers)
         except UserError as error:
             # torch puts the worker's whole traceback before the message.
-            message = str(error).rpartition("UserError: ")[2].strip()
+            fault = type(error)(re.split(r"\b\w*Error: ", str(error))[-1].strip())
             # The frames of the traceback hold the loader; with it gone, its workers end now.
             error.__traceback__ = None
-        if message:
-            raise UserError(message)
+        if fault is not None:
+            raise fault
 
     def _steps(self, epoch: int, steps: range) -> Iterator[dict[str, torch.Tensor]]:
         reader = SplitReader(self.manifest, self.split)

@@ -5,20 +5,18 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from data import storage
-from data.errors import UserError, one_line
+from data.errors import UserError
 from trainer.tracking import mlflow_errors
 
-# MLflow finds a code model through a process-wide global: two loads at once could return one model twice.
-_LOADING = threading.Lock()
+# Tag of a version that was registered to the end.
+COMPLETE = "manymodes.complete"
 
 
 @dataclass(frozen=True)
@@ -52,6 +50,9 @@ def register_model(
     if network is None or network.origin is None:
         raise UserError(f"model {folder}: unknown family {document['family']!r}; use the version that trained it")
     n_features = math.prod(document["data"]["shape"])
+    earlier = _version_of(name, tracking_uri, run_id)
+    if earlier is not None:
+        return Registered(earlier, f"models:/{name}@{alias}")
     params = ParamSchema(
         [
             ParamSpec("task", DataType.string, "log_prob"),
@@ -84,7 +85,18 @@ def register_model(
             client.set_model_version_tag(name, version, key, f"{value:.6g}")
         client.set_model_version_tag(name, version, "data.fingerprint", document["data"]["fingerprint"])
         client.set_registered_model_alias(name, alias, version)
+        client.set_model_version_tag(name, version, COMPLETE, "true")
     return Registered(int(version), f"models:/{name}@{alias}")
+
+
+def _version_of(name: str, tracking_uri: str, run_id: str) -> int | None:
+    """The version that this run registered already, alias and all: a job may die right after."""
+    from mlflow.tracking import MlflowClient
+
+    with mlflow_errors(tracking_uri):
+        found = MlflowClient(tracking_uri).search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
+        complete = [int(version.version) for version in found if version.tags.get(COMPLETE) == "true"]
+    return max(complete, default=None)
 
 
 def _requirements() -> list[str]:
@@ -93,40 +105,28 @@ def _requirements() -> list[str]:
     return [f"{package}=={version(package).split('+')[0]}" for package in ("torch", "numpy")]
 
 
-class RegisteredModel:
-    """A model of the registry, asked through MLflow's `predict` only, as any consumer would.
+def fetch_model(uri: str, tracking_uri: str) -> str:
+    """The local folder of a registered model's weights and settings, ready for `trainer.checkpoint.load_model`.
+
+    Nothing that lies in the registry is executed or unpickled: the weights go into this installation's own network.
 
     Args:
-        uri: models:/NAME@ALIAS, models:/NAME/VERSION, or a logged model's path.
+        uri: models:/NAME@ALIAS, models:/NAME/VERSION or models:/MODEL_ID.
         tracking_uri: where the registry is.
 
     Raises:
-        UserError: no such model, or one that is not of manymodes.
+        UserError: no such model, or one that manymodes did not register.
     """
+    import mlflow
 
-    def __init__(self, uri: str, tracking_uri: str) -> None:
-        import mlflow
-
-        self.uri = uri
-        with mlflow_errors(tracking_uri), _LOADING:
-            mlflow.set_tracking_uri(tracking_uri)
-            self._model = mlflow.pyfunc.load_model(uri)
-        try:
-            self.data: dict[str, Any] = self._model.unwrap_python_model().data
-            self.shape: tuple[int, ...] = tuple(self.data["shape"])
-        except (AttributeError, KeyError) as error:
-            raise UserError(f"{uri} is not a model that manymodes registered: give the name of one") from error
-
-    def _predict(self, x: np.ndarray, **params: Any) -> np.ndarray:
-        try:
-            return np.asarray(self._model.predict(x, params=params))
-        except ValueError as error:
-            raise UserError(f"{self.uri}: {one_line(error)}") from error
-
-    def sample(self, n: int, seed: int) -> np.ndarray:
-        """n samples [n, *shape], float32, the same for the same seed."""
-        return self._predict(np.zeros((0, math.prod(self.shape)), np.float32), task="sample", n=n, seed=seed)
-
-    def log_prob(self, x: np.ndarray) -> np.ndarray:
-        """log p(x) in nats, [n] float64, for x [n, ...]."""
-        return self._predict(np.asarray(x, np.float32).reshape(len(x), -1), task="log_prob")
+    database = tracking_uri.removeprefix("sqlite:///")
+    if database != tracking_uri and not Path(database).exists():
+        raise UserError(
+            f"no MLflow database at {database}: run this in the folder of the job, or give --tracking-uri"
+        )
+    with mlflow_errors(tracking_uri):
+        folder = mlflow.artifacts.download_artifacts(artifact_uri=uri, tracking_uri=tracking_uri)
+    artifacts = Path(folder) / "artifacts"
+    if not (artifacts / "model.json").is_file():
+        raise UserError(f"{uri} is not a model that manymodes registered: give the name of one")
+    return str(artifacts)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from data.pixels import quantise
+from data.samples import Samples
 from eval import figures
 from eval.bins import Bins, BinSettings, fit_bins
 from eval.evaluate import Evaluation, evaluate_samples
@@ -27,25 +28,18 @@ class Density(Protocol):
 
 @dataclass(frozen=True)
 class JudgedData:
-    """The data that models are judged by; `x` arrays are [n, *shape] float32.
+    """The data that models are judged by.
 
-    `reference` and `held_out` are on the scale of the scores (pixels v / (levels - 1)); `held_out_density` are the
-    held-out samples in the models' own space (dequantised where `levels` is given), for log-likelihoods.
+    `reference` and `held_out` [n, *shape] are on the scale of the scores (pixels v / (levels - 1)); `held_out_name`
+    is what tables call the latter. `density` are the held-out samples in the models' own space (dequantised where
+    `levels` is given), for log-likelihoods.
     """
 
-    reference: np.ndarray
+    reference: Samples
     held_out: np.ndarray
-    held_out_density: np.ndarray
+    held_out_name: str
+    density: np.ndarray
     levels: int | None
-    name: str
-    fingerprint: str
-
-    @property
-    def scale(self) -> str:
-        """The scale of the values that bins and samples are on, in words."""
-        if self.levels is None:
-            return "values as they are"
-        return f"pixels v / {self.levels - 1} in [0, 1]; models' samples put back on the {self.levels} levels"
 
 
 @dataclass(frozen=True)
@@ -116,62 +110,73 @@ def compare(
     Raises:
         UserError: see `fit_bins` and `evaluate_samples`.
     """
-    bins = fit_bins(data.reference, settings, reference_name=data.name, reference_fingerprint=data.fingerprint)
-    flat = data.held_out_density.reshape(len(data.held_out_density), -1)
+    reference = data.reference
+    bins = fit_bins(
+        reference.x, settings, reference_name=reference.name, reference_fingerprint=reference.fingerprint
+    )
+    flat = data.density.reshape(len(data.density), -1)
 
-    def judge(name: str, samples: np.ndarray, likelihood: LogLikelihood | None) -> Row:
+    def judge(name: str, samples: np.ndarray, scale: str, likelihood: LogLikelihood | None) -> Row:
         evaluation = evaluate_samples(
-            bins, samples, name=name, scale=data.scale, z_threshold=z_threshold, significance=significance
+            bins, samples, name=name, scale=scale, z_threshold=z_threshold, significance=significance
         )
         return Row(name, likelihood, evaluation, samples)
 
-    rows = [judge("held-out data", data.held_out, None)]
+    rows = [judge(data.held_out_name, data.held_out, reference.scale, None)]
+    drawn = reference.scale if data.levels is None else f"{reference.scale}; samples put back on the pixels' grid"
     for done, (name, model) in enumerate(models.items()):
         on_model(done, name)
         dimensions = flat.shape[1] if data.levels else None
         likelihood = summarise(model.log_prob(flat), n_dimensions=dimensions, levels=data.levels or 256)
-        samples = quantise(model.sample(n_samples, seed), data.levels).reshape(n_samples, *data.reference.shape[1:])
-        rows.append(judge(name, samples, likelihood))
+        samples = quantise(model.sample(n_samples, seed), data.levels).reshape(n_samples, *reference.x.shape[1:])
+        rows.append(judge(name, samples, drawn, likelihood))
     return Comparison(bins, data, rows)
 
 
-def report_sections(comparison: Comparison, name: str) -> list[ReportSection]:
-    """The report's pictures of one model of the comparison: proportions, worst bins, samples beside data."""
-    data, row = comparison.data, comparison.row(name)
-    result = row.evaluation.result
-    labels = row.evaluation.labels
+def report_sections(
+    bins: Bins, reference: np.ndarray, rows: Sequence[Row], row: Row, beside: tuple[str, np.ndarray]
+) -> list[ReportSection]:
+    """The report's pictures: proportions of all rows; the worst bins of one row; its samples beside real ones.
+
+    Args:
+        bins: what all rows were judged by.
+        reference: the reference's samples [n, *shape].
+        rows: shown in the plot of proportions.
+        row: whose worst bins and samples are shown.
+        beside: name and samples of the real data that its samples are shown beside.
+    """
+    result, labels = row.evaluation.result, row.evaluation.labels
     if labels is None:
         raise ValueError("a report needs the bin of every sample")
-    gallery = bins_gallery(
-        comparison.bins, data.reference, comparison.bins.assign(data.reference), row.samples, labels, result, name=name
-    )
+    gallery = bins_gallery(bins, reference, bins.assign(reference), row.samples, labels, result, name=row.name)
     missing = sum(result.direction(int(k)) == "missing" for k in np.flatnonzero(result.flagged))
-    found = f"{result.ndb} of {result.bins} bins differ from the data" if result.ndb else "no bin differs from the data"
+    found = f"{result.ndb} of {result.bins} bins differ from the reference, {missing} of them missing"
+    none = f"no bin of {result.bins} differs from the reference"
+    order = "Missing modes first: what the reference has there, and what the samples put there."
     return [
         ReportSection(
             "How often each mode is hit",
-            f"The reference was cut into {result.bins} bins by K-means. For {name}, {found}"
-            + (f", {missing} of them missing." if result.ndb else "."),
+            f"The reference was cut into {result.bins} bins by K-means. {row.name}: {found if result.ndb else none}.",
             [
                 ReportFigure(
                     "Binning proportions",
-                    figures.binning_proportions([r.evaluation for r in comparison.rows]),
-                    "Share of samples in each bin, for each model, against the reference with its band.",
-                    "Share of samples per bin for each model",
+                    figures.binning_proportions([r.evaluation for r in rows]),
+                    "Share of samples in each bin against the share of the reference, with its band.",
+                    "Share of samples per bin",
                 )
             ],
         ),
         ReportSection(
             "The bins that differ most",
-            "Missing modes first: what the data has there, and what the model put there.",
-            [ReportFigure("Bins", gallery, "Centre, reference members, and samples of the model.", "Gallery of bins")],
+            order if result.ndb else "No bin is flagged; these come closest, whether they hold fewer samples or more.",
+            [ReportFigure("Bins", gallery, "Centre, members of the reference, samples.", "Gallery of bins")],
         ),
         ReportSection(
             "Samples beside data",
             "",
             [
-                ReportFigure("Held-out data", figures.sample_grid(data.held_out, 8, 8), "Held-out data.", "Data"),
-                ReportFigure(name, figures.sample_grid(row.samples, 8, 8), f"Samples of {name}.", "Samples"),
+                ReportFigure(name[:1].upper() + name[1:], figures.sample_grid(x, 8, 8), "The first 64.", name)
+                for name, x in (beside, (row.name, row.samples))
             ],
             beside=True,
         ),

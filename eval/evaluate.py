@@ -20,17 +20,19 @@ _SCALE_MISMATCH = 100.0
 class Evaluation:
     """The scores of one set of samples, the protocol behind them, and the bin `[n]` of every sample.
 
-    `labels` is None where only counts were given. Scores under different protocols do not compare.
+    `labels` is None where only counts were given. Scores under different protocols do not compare. `warning` says
+    why the scores may not mean what they seem to.
     """
 
     name: str
     result: ndb.NDBResult
     protocol: dict[str, Any]
     labels: np.ndarray | None = None
+    warning: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe: name, ndb, ndb_over_k, js, bins, n_reference, n_samples, threshold, per_bin, protocol."""
-        return {"name": self.name, **self.result.to_dict(), "protocol": self.protocol}
+        return {"name": self.name, **self.result.to_dict(), "protocol": self.protocol, "warning": self.warning}
 
 
 def evaluate_samples(
@@ -71,7 +73,23 @@ def evaluate_samples(
         significance=significance,
         extras=extras,
     )
-    return replace(evaluation, labels=labels)
+    return replace(evaluation, labels=labels, warning=_scale_warning(bins, values))
+
+
+def _scale_warning(bins: Bins, values: np.ndarray) -> str | None:
+    """Pixels of fewer levels saved as 8-bit, or a generator in [-1, 1], look like one gigantic mode collapse."""
+    known = float(np.sqrt(np.average(np.square(bins.centres).mean(1), weights=bins.counts)))
+    size = float(np.sqrt(np.mean(np.square(values, dtype=np.float64))))
+    if known and not known / 4 < size < known * 4:
+        return (
+            f"the samples' root mean square is {size:.3g}, the reference's about {known:.3g}: were both saved on the "
+            "same scale?"
+        )
+    low, high = bins.value_range
+    outside = float(np.mean((values < low - 0.1 * (high - low)) | (values > high + 0.1 * (high - low))))
+    if outside > 0.05:
+        return f"{outside:.0%} of the samples' values lie outside of the reference's range {low:.3g} to {high:.3g}"
+    return None
 
 
 def evaluate_counts(

@@ -60,7 +60,7 @@ def load_checkpoint(folder: Path, stream: dict[str, Any]) -> Checkpoint:
     return Checkpoint(int(document.pop("step")), state, document)
 
 
-def save_model(folder: str, model: nn.Module, family: str, manifest: Manifest) -> None:
+def save_model(folder: str, model: nn.Module, family: str, manifest: Manifest, *, dequantised: bool) -> None:
     """Writes a finished model: `weights.safetensors`, then `model.json` with its family, settings and data.
 
     Args:
@@ -68,11 +68,12 @@ def save_model(folder: str, model: nn.Module, family: str, manifest: Manifest) -
         model: a model with a `config` of plain values.
         family: its file in trainer/models.
         manifest: the data that it was trained on; shape, levels and fingerprint are kept.
+        dequantised: whether the model is a density of (v + u) / levels; else `levels` is stored as null.
     """
     data = {
         "name": manifest.name,
         "shape": list(manifest.shape),
-        "levels": manifest.levels,
+        "levels": manifest.levels if dequantised else None,
         "fingerprint": manifest.fingerprint,
     }
     tensors: dict[str, Tensor] = {name: v.detach().cpu().contiguous() for name, v in model.state_dict().items()}

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from data.errors import SharedError
 from trainer.objectives import Batch, Objective, Player
 from trainer.settings import TrainingSettings
 
@@ -56,14 +57,14 @@ def make_engine(settings: TrainingSettings, device: torch.device | None = None) 
     return DeepSpeedEngine(settings, place) if settings.engine == "deepspeed" else DDPEngine(place)
 
 
-def all_reduce_mean_max(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and maximum over the ranks of a small float64 vector."""
+def mean_and_max_over_ranks(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and maximum over the ranks of a small vector, by one collective."""
     if not (dist.is_initialized() and dist.get_world_size() > 1):
         return values, values
-    total, most = values.clone(), values.clone()
-    dist.all_reduce(total)
-    dist.all_reduce(most, dist.ReduceOp.MAX)
-    return total / dist.get_world_size(), most
+    gathered = [torch.empty_like(values) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, values)
+    table = torch.stack(gathered)
+    return table.mean(0), table.amax(0)
 
 
 class _Base:
@@ -97,11 +98,11 @@ class DDPEngine(_Base):
     def attach(self, objective: Objective) -> None:
         self._start(objective)
         for name, player in objective.players.items():
-            self.wrapped[name] = (
-                nn.parallel.DistributedDataParallel(player.module, gradient_as_bucket_view=True)
-                if self.world_size > 1
-                else player.module
-            )
+            self.wrapped[name] = player.module
+            if self.world_size > 1:
+                self.wrapped[name] = nn.parallel.DistributedDataParallel(
+                    player.module, gradient_as_bucket_view=True, broadcast_buffers=False
+                )
 
     def step(self, player: str, loss: Tensor, learning_rate: float) -> None:
         p = self.objective.players[player]
@@ -159,6 +160,11 @@ class DeepSpeedEngine(_Base):
     def attach(self, objective: Objective) -> None:
         self._start(objective)
         for name, player in objective.players.items():
+            if self.stage and not all(parameter.numel() for parameter in player.module.parameters()):
+                raise SharedError(
+                    "DeepSpeed's ZeRO cannot train a model with an empty parameter (model.n_factors=0): set "
+                    "training.zero_stage=0"
+                )
             config = {
                 "train_micro_batch_size_per_gpu": self.batch // self.world_size,
                 "gradient_clipping": player.gradient_clip or 0.0,  # DeepSpeed's own default clips at 1

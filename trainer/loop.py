@@ -10,8 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from data.errors import UserError
-from trainer.engines import Engine, State, all_reduce_mean_max
+from data.errors import SharedError
+from trainer.engines import Engine, State, mean_and_max_over_ranks
 from trainer.objectives import Batch, Objective
 from trainer.settings import TrainingSettings
 
@@ -42,7 +42,6 @@ class Callbacks:
 
     on_log: Callable[[LogEntry], None] = lambda entry: None
     on_checkpoint: Callable[[int, State], None] = lambda step, state: None
-    on_step: Callable[[int], None] = lambda step: None
 
 
 def train(
@@ -60,7 +59,7 @@ def train(
     that is resumed from `resume` = (steps done, state) equals one that was never stopped.
 
     Raises:
-        UserError: a loss became NaN or infinite on any rank; it is raised before that update, on every rank.
+        SharedError: a loss became NaN or infinite on any rank; raised before that update, on every rank.
     """
     calls = callbacks or Callbacks()
     start, state = resume if resume is not None else (0, None)
@@ -75,8 +74,8 @@ def train(
             loss, scalars = objective.loss(player, batch)
             window.add(player, loss, scalars, step)
             engine.step(player, loss, objective.players[player].learning_rate(step))
+        window.steps += 1
         done = step + 1
-        calls.on_step(done)
         if done % settings.log_every == 0 or done == settings.steps:
             calls.on_log(window.close(done))
         if done % settings.checkpoint_every == 0 and done < settings.steps:
@@ -125,14 +124,13 @@ class _Window:
 
     def waited(self, seconds: float) -> None:
         self.wait += seconds
-        self.steps += 1
 
     def add(self, player: str, loss: Tensor, scalars: dict[str, Tensor], step: int) -> None:
         names = ["loss", *scalars]
         values = torch.stack([loss.detach().double(), *(value.double() for value in scalars.values())])
-        mean, most = all_reduce_mean_max(values)
+        mean, most = mean_and_max_over_ranks(values)
         if not bool(torch.isfinite(mean).all()):
-            raise UserError(
+            raise SharedError(
                 f"training stopped at step {step}: the loss of player {player!r} is {float(mean[0])}; lower "
                 "training.optimiser.learning_rate, raise model.noise_floor, or check the data"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import time
 import warnings
@@ -51,9 +52,28 @@ def resolve_uri(uri: str | None) -> str:
     if scheme == "sqlite":
         path = text.removeprefix("sqlite:///")
         return f"sqlite:///{os.path.abspath(path)}"
-    if scheme not in ("http", "https", "postgresql", "mysql", "mssql") and not scheme.startswith("postgresql+"):
+    if scheme.partition("+")[0] not in ("http", "https", "postgresql", "mysql", "mssql"):
         raise UserError(f"tracking URI {text!r} is not usable: give sqlite:///FILE.db or http(s)://HOST:PORT")
     return text
+
+
+def probe(uri: str) -> None:
+    """Fails within seconds where nothing listens at a server's address.
+
+    Raises:
+        UserError: nothing does.
+    """
+    parts = urlsplit(uri)
+    if parts.scheme not in ("http", "https"):
+        return
+    try:
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        socket.create_connection((parts.hostname or "", port), timeout=5).close()
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"MLflow at {_without_password(uri)} does not answer ({one_line(error)}): check the address "
+            "(MLFLOW_TRACKING_URI, or tracking.uri in the recipe) and that the server runs"
+        ) from error
 
 
 @contextmanager
@@ -62,9 +82,15 @@ def mlflow_errors(uri: str) -> Iterator[None]:
     try:
         yield
     except _mlflow_exception() as error:
+        place = _without_password(uri)
+        if getattr(error, "error_code", None) in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise UserError(
+                f"MLflow at {place}: {_reason(error)}; check the name, and that this is the right MLflow "
+                "(MLFLOW_TRACKING_URI or --tracking-uri)"
+            ) from error
         raise UserError(
-            f"MLflow at {_without_password(uri)} refused or did not answer: {_reason(error)}; check the address "
-            "(--set tracking.uri=...) and that the server runs"
+            f"MLflow at {place} refused or did not answer: {_reason(error)}; check the address (MLFLOW_TRACKING_URI, "
+            "or tracking.uri in the recipe) and that the server runs"
         ) from error
 
 
@@ -158,6 +184,7 @@ class RunLogger:
         self.run_id = run_id
         self.every_seconds, self.sent_at = every_seconds, time.monotonic()
         self.pending: list[Any] = []
+        self.failures = 0
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Queues metrics of one step."""
@@ -170,21 +197,21 @@ class RunLogger:
         if time.monotonic() - self.sent_at > self.every_seconds:
             self.flush()
 
-    def flush(self, tags: Mapping[str, str] | None = None) -> None:
+    def flush(self) -> None:
         """Sends what is queued."""
         if self.client is None:
             return
-        from mlflow.entities import RunTag
-
         self.sent_at = time.monotonic()
         batch, self.pending = self.pending, []
         try:
-            for i in range(0, max(1, len(batch)), 1000):
-                part = [RunTag(key, value) for key, value in (tags or {}).items()] if i == 0 else []
-                if batch or part:
-                    self.client.log_batch(self.run_id, metrics=batch[i : i + 1000], tags=part)
+            for i in range(0, len(batch), 1000):
+                self.client.log_batch(self.run_id, metrics=batch[i : i + 1000])
+            self.failures = 0
         except _mlflow_exception() as error:
             print(f"manymodes: metrics were not recorded in MLflow: {_reason(error)}", file=sys.stderr)
+            self.failures += 1
+            if self.failures == 3:  # each try may wait for a silent server
+                self.client = None
 
 
 _PACKAGES = ("manymodes", "torch", "numpy", "ray", "deepspeed", "faiss-cpu", "faiss-gpu", "webdataset", "mlflow")

@@ -33,7 +33,7 @@ def call(monkeypatch, capfd, tmp_path):
 
 def refuses(result, *parts):
     code, _, err = result
-    lines = [line for line in err.splitlines() if "━" not in line]
+    lines = [line for line in err.splitlines() if "━" not in line and line.strip()]
     assert code == 2, err
     assert len(lines) == 1, err
     assert lines[0].startswith("manymodes: ")
@@ -101,7 +101,8 @@ def test_pack_refusals(call, tmp_path, images, monkeypatch):
     refuses(call("pack", f"images:{tmp_path}/nowhere", "d"), "nowhere")
     (tmp_path / "empty").mkdir()
     refuses(call("pack", f"images:{tmp_path}/empty", "d"), "empty")
-    refuses(call("pack", "digits", "d", "--set", "sise=4"), "sise", "size")
+    refuses(call("pack", "digits", "d", "--set", "sise=4"), "unknown field 'sise'", "did you mean 'size'")
+    refuses(call("pack", "digits", "d", "--set", "size=[1"), "not valid YAML")
     refuses(call("pack", "digits", "pipe:cat >x"), "pipe")
     (images / "a" / "00.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
     refuses(call("pack", f"images:{images}", "d"), "00.png")
@@ -133,7 +134,10 @@ def test_evaluate_refusals(call, array_file, tmp_path):
     refuses(call("evaluate", bad, "--reference", r, "--bins", 10), "NaN")
     refuses(call("evaluate", r, "--reference", r, "--z-threshold", 3, "--significance", 0.1), "not both")
     refuses(call("evaluate", r, "--reference", r, "--z-threshold", -1), "z")
-    refuses(call("evaluate", "models:/nothing@candidate", "--reference", r), "nothing")
+    refuses(call("evaluate", "models:/nothing@candidate", "--reference", r), "no MLflow database")
+    assert not (tmp_path / "mlflow.db").exists()
+    refuses(call("evaluate", r, "--reference", r, "--max-samples", 0), "--max-samples")
+    refuses(call("evaluate", r), "--reference")
     refuses(call("sample", "nowhere", "--out", "x.png"), "nowhere")
     refuses(call("sample", "nowhere", "--out", "x.gif"), ".png")
 
@@ -145,20 +149,61 @@ def test_a_truncated_shard_is_refused(call, tmp_path):
     refuses(call("evaluate", tmp_path / "d", "--reference", tmp_path / "d", "--bins", 10), shard.name)
 
 
-def test_run_refusals_leave_nothing(call, tmp_path):
+def test_pack_never_replaces_a_pack_of_something_else_unasked(call, tmp_path, array_file):
+    x = array_file(np.zeros((20, 3)))
+    assert call("pack", "digits", tmp_path / "d")[0] == 0
+    assert call("pack", "digits", tmp_path / "d")[0] == 0
+    refuses(call("pack", f"array:{x}", tmp_path / "d"), "holds a pack of digits", "--replace")
+    assert call("pack", f"array:{x}", tmp_path / "d", "--replace")[0] == 0
+
+
+def test_another_scale_is_noticed(call, array_file):
+    """Digits of 17 levels saved as 8-bit: 0 to 16 of 255."""
+    from sklearn.datasets import load_digits
+
+    samples = array_file(load_digits().images.astype(np.uint8)[..., None])
+    code, _, err = call("evaluate", samples, "--reference", "digits", "--bins", 10, "--json")
+    assert code == 0
+    assert "warning" in err
+    assert "same scale" in err
+
+
+def test_recipe_fields_are_listed(call):
+    import yaml
+
+    code, out, _ = call("recipes", "digits")
+    assert code == 0
+    assert "# optimiser steps in all" in out
+    assert yaml.safe_load(out)["training"]["steps"] == 300
+
+
+def test_run_refusals_leave_nothing(call, tmp_path, images):
     refuses(call("run", "digitz", "--out", "o"), "digits")
     refuses(call("run", "digits", "--out", "o", "--set", "training.stepz=1"), "steps")
     refuses(call("run", "digits", "--out", "o", "--ray-address", "127.0.0.1:1"), "127.0.0.1:1", "--ray-address")
     refuses(call("run", "digits", "--out", "o", "--ray-address", "nonsense"), "nonsense")
     refuses(call("run", "digits", "--out", "o", "--set", "tracking.uri=ftp://x"), "ftp://x")
     refuses(call("run", "mnist", "--out", "o", "--set", f"data.source=mnist:{tmp_path}"), str(tmp_path))
-    assert not (tmp_path / "o").exists()
+    refuses(call("run", "digits", "--out", "o", "--set", "data.source=images:nowhere"), "nowhere")
+    refuses(call("run", "digits", "--out", "o", "--set", "data.source=null"), "data", "shards")
+    pack_only = ("--set", f"data.shards={tmp_path}/p", "--set", "data.source=null")
+    refuses(call("run", "digits", "--out", "o", *pack_only), f"{tmp_path}/p")
+    (images / "a" / "00.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    refuses(call("run", "digits", "--out", "o", "--set", f"data.source=images:{images}"), "00.png")
+    assert not list(tmp_path.glob("o/**/*.*"))
+
+
+def test_data_that_cannot_be_judged_is_refused_before_training(call, tmp_path, array_file):
+    x = array_file(np.random.default_rng(0).random((100, 4)))
+    few = ("--set", f"data.source=array:{x}", "--set", "training.dequantise=false", "--set", "training.batch_size=8")
+    refuses(call("run", "digits", "--out", "o", *few, "--set", "evaluation.bins.n_bins=50"), "test split", "50 bins")
+    refuses(call("run", "digits", "--out", "o", *few, "--set", "data.options.test_fraction=0"), "no split 'test'")
 
 
 def test_unreachable_mlflow_is_refused(call, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     refuses(call("run", "digits", "--out", "o", "--set", "tracking.uri=http://127.0.0.1:1"), "http://127.0.0.1:1")
-    assert not (tmp_path / "o").exists()
+    assert not list(tmp_path.glob("o/**/*.*"))
 
 
 def test_internal_errors_are_told_apart(call, monkeypatch):

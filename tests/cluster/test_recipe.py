@@ -23,8 +23,22 @@ def test_overrides_change_nested_fields():
     assert recipe.fingerprint() != load_recipe("digits").fingerprint()
 
 
-def test_where_a_run_is_recorded_does_not_change_the_fingerprint():
-    assert load_recipe("digits", ["tracking.uri=sqlite:///a.db"]).fingerprint() == load_recipe("digits").fingerprint()
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("tracking.uri=sqlite:///a.db", "evaluation.n_samples=1999", "scaling.max_failures=9", "training.log_every=3"),
+        *("training.engine=deepspeed", "hierarchy.cpus_per_task=2", "training.checkpoint_every=3"),
+    ],
+)
+def test_what_does_not_decide_the_model_does_not_end_an_unfinished_job(override):
+    assert load_recipe("digits", [override]).fingerprint() == load_recipe("digits").fingerprint()
+
+
+@pytest.mark.parametrize(
+    "override", ["training.seed=1", "training.steps=301", "model.n_factors=5", "hierarchy.steps=1", "training.lanes=4"]
+)
+def test_what_decides_the_model_does(override):
+    assert load_recipe("digits", [override]).fingerprint() != load_recipe("digits").fingerprint()
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import webdataset
 
+from data import manifest as manifests
 from data import shards, storage, stream
 from data.errors import UserError
 from data.sources import SourceOptions, open_source
@@ -35,12 +36,12 @@ def test_pack_and_load(tmp_path):
     packed = shards.pack(source, str(tmp_path / "p"), progress=lambda *call: calls.append(call), **kinds)
     assert calls[-1] == (500, 500)
     assert sorted(calls) == calls
-    manifest = shards.load_manifest(str(tmp_path / "p"))
+    manifest = manifests.load_manifest(str(tmp_path / "p"))
     assert manifest == packed
-    assert manifest.fingerprint == shards.load_manifest(str(tmp_path / "p" / "manifest.json")).fingerprint
+    assert manifest.fingerprint == manifests.load_manifest(str(tmp_path / "p" / "manifest.json")).fingerprint
     assert manifest.n_samples("train") == 400
     assert len(manifest.splits["train"].shards) > 3
-    shards.verify(manifest)
+    manifests.verify(manifest)
     got = everything(manifest)
     order = np.argsort(got["label"])
     with np.load(tmp_path / "x.npz") as stored:
@@ -66,7 +67,7 @@ def test_packing_again_replaces_the_old_pack(tmp_path):
     (tmp_path / "p" / "notes.txt").write_text("the user's own")
     for seed in (1, 2):
         second = shards.pack(array_source(tmp_path, seed=seed), str(tmp_path / "p"))
-        shards.verify(second)
+        manifests.verify(second)
         files = {shard.file for record in second.splits.values() for shard in record.shards}
         assert set(storage.names(str(tmp_path / "p"))) == files | {"manifest.json", "notes.txt"}
     assert first.fingerprint != second.fingerprint
@@ -75,7 +76,7 @@ def test_packing_again_replaces_the_old_pack(tmp_path):
 def test_foreign_files_of_the_same_name_are_left_alone(tmp_path):
     (tmp_path / "p").mkdir()
     (tmp_path / "p" / "train-000000.tar").write_text("the user's own")
-    shards.verify(shards.pack(array_source(tmp_path), str(tmp_path / "p")))
+    manifests.verify(shards.pack(array_source(tmp_path), str(tmp_path / "p")))
     assert (tmp_path / "p" / "train-000000.tar").read_text() == "the user's own"
 
 
@@ -107,7 +108,7 @@ def test_a_failed_pack_leaves_nothing_and_spares_the_old_one(tmp_path, error):
     with pytest.raises(type(error)):
         shards.pack(Broken(array_source(tmp_path, seed=9), error), str(tmp_path / "p"), **kinds)
     assert contents(tmp_path / "p") == before
-    shards.verify(old)
+    manifests.verify(old)
 
 
 @pytest.mark.parametrize("name", ["test-000000.tar", "manifest.json"])
@@ -135,7 +136,7 @@ def test_the_next_pack_clears_up_after_a_killed_one(tmp_path):
     listed = ["train-1-000000.tar", "train-1-000001.tar", kept]
     (tmp_path / "p" / "packing.json").write_text(json.dumps(listed))
     new = shards.pack(source, str(tmp_path / "p"))
-    shards.verify(new)
+    manifests.verify(new)
     files = {shard.file for record in new.splits.values() for shard in record.shards}
     assert set(storage.names(str(tmp_path / "p"))) == files | {"manifest.json"}
 
@@ -145,7 +146,7 @@ def test_large_images_are_members_of_their_own(tmp_path):
     manifest = shards.pack(source, str(tmp_path / "p"), rows_per_block=1000)
     with tarfile.open(manifest.shard_url(manifest.splits["train"].shards[0])) as tar:
         assert tar.getnames()[:3] == ["00000000.cls", "00000000.png", "00000001.cls"]
-    got = everything(shards.load_manifest(str(tmp_path / "p")))
+    got = everything(manifests.load_manifest(str(tmp_path / "p")))
     with np.load(tmp_path / "x.npz") as stored:
         np.testing.assert_array_equal(got["x"], stored["x"][got["label"]])
 
@@ -154,12 +155,12 @@ def test_one_shard_from_uneven_blocks(tmp_path):
     blocks = [{"x": np.full((n, 2), n, np.float32), "index": np.arange(n)} for n in (1, 5, 0, 12, 3)]
     record = shards.write_shard(str(tmp_path / "a.tar"), blocks, rows_per_block=4)
     assert [rows for rows, _ in record.members] == [4, 4, 4, 4, 4, 1]
-    splits = {"train": shards.SplitRecord(samples=21, shards=[record])}
-    manifest = shards.Manifest(
-        name="m", shape=(2,), dtype="float32", source=shards.Origin(spec="none"), splits=splits
+    splits = {"train": manifests.SplitRecord(samples=21, shards=[record])}
+    manifest = manifests.Manifest(
+        name="m", shape=(2,), dtype="float32", source=manifests.Origin(spec="none"), splits=splits
     )
-    manifest = shards.save_manifest(manifest, str(tmp_path))
-    shards.verify(manifest)
+    manifest = manifests.save_manifest(manifest, str(tmp_path))
+    manifests.verify(manifest)
     assert not manifest.has_labels
     got = np.concatenate([block["x"] for block in stream.read_blocks(manifest, "train")])
     np.testing.assert_array_equal(got, np.concatenate([block["x"] for block in blocks]))
@@ -176,7 +177,7 @@ def test_faulty_manifests_are_refused(tmp_path):
     def refused(pattern, **changes):
         path.write_text(json.dumps({**good, **changes}))
         with pytest.raises(UserError, match=pattern) as caught:
-            shards.load_manifest(str(tmp_path / "p"))
+            manifests.load_manifest(str(tmp_path / "p"))
         assert "\n" not in str(caught.value)
 
     refused("format 2 is unknown", format=2)
@@ -194,10 +195,10 @@ def test_faulty_manifests_are_refused(tmp_path):
     refused("do not add up", splits=wrong)
     path.write_text("{")
     with pytest.raises(UserError, match="no JSON"):
-        shards.load_manifest(str(tmp_path / "p"))
+        manifests.load_manifest(str(tmp_path / "p"))
     path.unlink()
     with pytest.raises(UserError, match=r"no manifest\.json"):
-        shards.load_manifest(str(tmp_path / "p"))
+        manifests.load_manifest(str(tmp_path / "p"))
 
 
 def test_verify_names_the_shard(tmp_path):
@@ -207,4 +208,4 @@ def test_verify_names_the_shard(tmp_path):
     data[1000] ^= 1
     path.write_bytes(data)
     with pytest.raises(UserError, match=r"test-000000\.tar.*pack again"):
-        shards.verify(manifest)
+        manifests.verify(manifest)

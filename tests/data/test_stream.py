@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from data import manifest as manifests
 from data import shards, storage, stream
 from data.errors import UserError
 from data.sources import SourceOptions, open_source
@@ -153,8 +154,8 @@ def test_real_numbers_in_memory_storage(tmp_path):
     base = f"memory://{uuid.uuid4()}"
     try:
         shards.pack(source, base, rows_per_block=7)
-        manifest = shards.load_manifest(base)
-        shards.verify(manifest)
+        manifest = manifests.load_manifest(base)
+        manifests.verify(manifest)
         got = np.concatenate([block["x"] for block in stream.read_blocks(manifest, "train")])
         np.testing.assert_array_equal(got, x)
         found = list(stream.ShardStream(manifest, "train", batch_size=5, seed=0).loader(0, workers=1))

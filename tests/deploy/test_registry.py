@@ -5,11 +5,10 @@ import subprocess
 import sys
 import textwrap
 
-import numpy as np
 import pytest
 
 from data.errors import UserError
-from deploy.registry import RegisteredModel
+from deploy.registry import fetch_model, register_model
 from trainer.checkpoint import load_model
 
 # What a consumer with mlflow, torch and numpy has; anything else of ours or of the training stack must not be needed.
@@ -70,17 +69,47 @@ def test_consumer_needs_only_mlflow_torch_and_numpy(finished_job, tmp_path):
     assert out["modules"] == []
 
 
-def test_registered_model_refuses_what_it_cannot_do(finished_job):
-    model = RegisteredModel(finished_job.summary["model_uri"], finished_job.uri)
-    with pytest.raises(UserError, match="NaN"):
-        model.log_prob(np.full((2, 64), np.nan))
-    with pytest.raises(UserError, match="n must be at least 1"):
-        model.sample(0, 0)
+def test_unknown_model_and_missing_database(finished_job, tmp_path):
+    with pytest.raises(UserError, match="nobody") as caught:
+        fetch_model("models:/nobody@candidate", finished_job.uri)
+    assert "check the name" in str(caught.value)
+    with pytest.raises(UserError, match="no MLflow database"):
+        fetch_model("models:/nobody@candidate", f"sqlite:///{tmp_path}/nothing.db")
+    assert not (tmp_path / "nothing.db").exists()
 
 
-def test_unknown_model(finished_job):
-    with pytest.raises(UserError, match="nobody"):
-        RegisteredModel("models:/nobody@candidate", finished_job.uri)
+def test_a_foreign_model_is_refused_and_never_unpickled(tmp_path):
+    import mlflow
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    mlflow.set_tracking_uri(uri)
+    experiment = mlflow.create_experiment("foreign", artifact_location=f"file://{tmp_path}/mlruns")
+
+    class Trap(mlflow.pyfunc.PythonModel):
+        def __reduce__(self):
+            return (open, (str(tmp_path / "sprung"), "w"))
+
+        def predict(self, context, model_input, params=None):
+            return model_input
+
+    with mlflow.start_run(experiment_id=experiment):
+        mlflow.pyfunc.log_model(name="m", python_model=Trap(), pip_requirements=[], registered_model_name="foreign")
+    (tmp_path / "sprung").unlink(missing_ok=True)
+    with pytest.raises(UserError, match="not a model that manymodes registered"):
+        fetch_model("models:/foreign/1", uri)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_registering_again_after_a_crash_gives_the_same_version(finished_job):
+    again = register_model(
+        str(finished_job.folder / "model"),
+        name="digits-mfa",
+        alias="candidate",
+        tracking_uri=finished_job.uri,
+        run_id=finished_job.summary["mlflow_run_id"],
+        scores={},
+    )
+    assert again.version == finished_job.summary["model_version"]
 
 
 def test_version_carries_scores_and_data(finished_job):

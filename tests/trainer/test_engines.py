@@ -16,13 +16,14 @@ from trainer.players import make_player
 from trainer.settings import OptimiserSettings, TrainingSettings
 
 STEPS = 20
+BATCH = 96  # 14 steps an epoch: 20 steps cross its end, and so do those after the checkpoint
 ENGINES = ["ddp", "zero-0", "zero-1", "zero-2", "zero-3"]
 
 
 def settings_for(engine, optimiser="adam", clip=None, steps=STEPS):
     return TrainingSettings(
         steps=steps,
-        batch_size=64,
+        batch_size=BATCH,
         seed=3,
         lanes=2,
         engine="ddp" if engine == "ddp" else "deepspeed",
@@ -47,7 +48,7 @@ def run(shards, settings, rank=0, world_size=1, *, resume=None, stop_at=None):
     """Trains; returns the final state, and the state of the checkpoint at step 8."""
     manifest = load_manifest(shards)
     stream = ShardStream(
-        manifest, "train", batch_size=64, seed=3, rank=rank, world_size=world_size, lanes=2, dequantise=True
+        manifest, "train", batch_size=BATCH, seed=3, rank=rank, world_size=world_size, lanes=2, dequantise=True
     )
     model = starting_model(rank)
     player = make_player(model, settings.optimiser, settings.steps)

@@ -25,7 +25,6 @@ class _Precision(NamedTuple):
     projection: Tensor  # [n_components, n_factors, n_features]: L⁻¹ Aᵀ D⁻¹ with L Lᵀ = I + Aᵀ D⁻¹ A
     projected_mean: Tensor  # [n_components, n_factors]
     mean_square: Tensor  # [n_components]: (μ - origin)ᵀ D⁻¹ (μ - origin)
-    inverse_cholesky: Tensor  # [n_components, n_factors, n_factors]: L⁻¹
     constant: Tensor  # [n_components]: log π - ½ log |2π Σ|
 
 
@@ -104,76 +103,64 @@ class MFA(nn.Module):
         self.noise_prior_count.fill_(count)
         self.noise_prior_variance.copy_(variance.expand_as(self.noise_prior_variance))
 
-    def _precision(self) -> _Precision:
-        noise, loadings = self.noise_variance, self.factor_loadings
+    def _precision(self, dtype: torch.dtype) -> _Precision:
+        """The factored inverse covariances, in `dtype`; what may be badly conditioned is computed in float64."""
+        noise, loadings, means = self.noise_variance.double(), self.factor_loadings.double(), self.means.double()
         inverse = noise.reciprocal()
         scaled = loadings * inverse.unsqueeze(-1)
-        # The l x l systems are cheap and may be badly conditioned: float64 whatever the parameters' type.
-        inner = (loadings.mT @ scaled).double() + torch.eye(self.n_factors, dtype=torch.float64, device=noise.device)
+        identity = torch.eye(self.n_factors, dtype=torch.float64, device=noise.device)
+        inner = loadings.mT @ scaled + identity
         cholesky = torch.linalg.cholesky(inner)
-        identity = torch.eye(self.n_factors, dtype=torch.float64, device=noise.device).expand_as(inner)
-        inverse_cholesky = torch.linalg.solve_triangular(cholesky, identity, upper=False).to(noise.dtype)
-        projection = inverse_cholesky @ scaled.mT
+        projection = torch.linalg.solve_triangular(cholesky, scaled.mT, upper=False)
         # Distances are expanded into matrix products; about the overall mean the terms that cancel are smallest.
-        origin = (self.mixing_coefficients @ self.means).detach()
-        centred = self.means - origin
-        log_det = noise.log().sum(1) + 2 * cholesky.diagonal(dim1=1, dim2=2).log().sum(1).to(noise.dtype)
-        constant = self.mixing_logits.log_softmax(0) - 0.5 * (self.n_features * math.log(2 * math.pi) + log_det)
-        projected = (projection @ centred.unsqueeze(-1)).squeeze(-1)
-        mean_square = (centred.square() * inverse).sum(1)
-        return _Precision(
-            origin, inverse, centred * inverse, projection, projected, mean_square, inverse_cholesky, constant
+        origin = (self.mixing_coefficients.double() @ means).detach()
+        centred = means - origin
+        log_det = noise.log().sum(1) + 2 * cholesky.diagonal(dim1=1, dim2=2).log().sum(1)
+        constant = self.mixing_logits.double().log_softmax(0)
+        constant = constant - 0.5 * (self.n_features * math.log(2 * math.pi) + log_det)
+        weighted = centred * inverse
+        parts = (
+            *(origin, inverse, weighted, projection, (projection @ centred.unsqueeze(-1)).squeeze(-1)),
+            *((centred * weighted).sum(1), constant),
         )
+        return _Precision(*(part.to(dtype) for part in parts))
 
-    def _by_products(self, x: Tensor) -> tuple[Tensor, Tensor, _Precision, Tensor]:
-        """Component log-densities by matrix products alone, the size of the terms that cancelled in each
-        [batch, n_components], the precisions, and the samples about the origin."""
-        flat = x.flatten(1)
-        if flat.shape[1] != self.n_features:
-            raise ValueError(f"samples have {flat.shape[1]} features, the model has {self.n_features}")
-        p = self._precision()
-        centred = flat.to(p.origin.dtype) - p.origin
+    def _by_products(self, flat: Tensor) -> tuple[Tensor, Tensor]:
+        """Component log-densities, and the size of the terms that cancelled in them, both [batch, n_components].
+
+        Computed in the samples' dtype by matrix products over all components at once.
+        """
+        p = self._precision(flat.dtype)
+        centred = flat - p.origin
         squares = centred.square() @ p.inverse_noise.T + p.mean_square
         cross = 2 * (centred @ p.weighted_mean.T)
         projected = centred @ p.projection.flatten(0, 1).T
         projected = projected.unflatten(1, (self.n_components, self.n_factors)) - p.projected_mean
-        distance = squares - cross - projected.square().sum(-1)
-        return p.constant - 0.5 * distance, squares, p, centred
+        return p.constant - 0.5 * (squares - cross - projected.square().sum(-1)), squares
 
     def component_log_prob(self, x: Tensor) -> Tensor:
         """log π_k + log N(x; μ_k, A_k A_kᵀ + D_k) in nats, [batch, n_components], for x [batch, ...].
 
-        By the Woodbury identity the Mahalanobis distance is (x-μ)ᵀ D⁻¹ (x-μ) - |L⁻¹ Aᵀ D⁻¹ (x-μ)|²; both terms
-        are matrix products over all components at once. Where their difference loses digits and the component
-        matters for the sample, the distance is computed again without that difference (`_refined`).
+        By the Woodbury identity the Mahalanobis distance is (x-μ)ᵀ D⁻¹ (x-μ) - |L⁻¹ Aᵀ D⁻¹ (x-μ)|². Both terms can
+        exceed their difference by orders of magnitude: samples for which float32 has lost more than 2e-5 of a
+        likely component's value are computed again in float64.
 
         Raises:
             ValueError: x does not have n_features values per sample.
         """
-        joint, squares, p, centred = self._by_products(x)
-        return self._refined(joint, squares, p, centred)
-
-    def _refined(self, joint: Tensor, squares: Tensor, p: _Precision, centred: Tensor) -> Tensor:
-        """Replaces the values of likely components that rounding has reached.
-
-        The distance is also min_z (x-μ-Az)ᵀ D⁻¹ (x-μ-Az) + zᵀz, taken at the posterior mean of z: a sum of
-        squares, in which an error of z enters only squared. It costs one pass over the features per (sample,
-        component), so it is done for the few pairs that need it.
-        """
-        with torch.no_grad():
-            error = 16 * torch.finfo(joint.dtype).eps * squares
-            likely = joint + error > (joint - error).amax(1, keepdim=True) - 20
-            pairs = (likely & (error > 1e-5 * joint.abs())).T.nonzero()
-        if not len(pairs):
+        flat = x.flatten(1).to(self.means.dtype)
+        if flat.shape[1] != self.n_features:
+            raise ValueError(f"samples have {flat.shape[1]} features, the model has {self.n_features}")
+        joint, squares = self._by_products(flat)
+        if joint.dtype == torch.float64:
             return joint
-        components, counts = pairs[:, 0].unique_consecutive(return_counts=True)
-        values = []
-        for k, rows in zip(components.tolist(), pairs[:, 1].split(counts.tolist()), strict=True):
-            difference = centred[rows] - (self.means[k] - p.origin)
-            z = difference @ p.projection[k].T @ p.inverse_cholesky[k]
-            rest = difference - z @ self.factor_loadings[k].T
-            values.append(p.constant[k] - 0.5 * (rest.square() @ p.inverse_noise[k] + z.square().sum(1)))
-        return joint.index_put((pairs[:, 1], pairs[:, 0]), torch.cat(values))
+        with torch.no_grad():
+            error = 8 * torch.finfo(joint.dtype).eps * squares
+            likely = joint + error > (joint - error).amax(1, keepdim=True) - 20
+            rows = (likely & ~(error <= 2e-5 * joint.abs())).any(1).nonzero().squeeze(1)
+        if not len(rows):
+            return joint
+        return joint.index_put((rows,), self._by_products(flat[rows].double())[0].to(joint.dtype))
 
     def log_prob(self, x: Tensor) -> Tensor:
         """log p(x) in nats, [batch], for x [batch, ...]."""
@@ -189,11 +176,8 @@ class MFA(nn.Module):
         return -0.5 * self.noise_prior_count * (noise.log() + self.noise_prior_variance / noise).sum()
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(log p(x) [batch], log-prior []): everything that training needs, in one call that engines can wrap.
-
-        By matrix products alone: rounding there is far below the noise of a gradient from a batch.
-        """
-        return self._by_products(x)[0].logsumexp(1), self.log_prior()
+        """(log p(x) [batch], log-prior []): everything that training needs, in one call that engines can wrap."""
+        return self.log_prob(x), self.log_prior()
 
     @torch.no_grad()
     def sample(self, n: int, generator: torch.Generator | None = None, *, noise: bool = True) -> Tensor:
