@@ -65,7 +65,8 @@ def training_curve(
         axes.set_ylim(settled.min() - margin, settled.max() + 3 * margin)
     axes.set_xlabel("step", fontsize=9, color=canvas.MUTED)
     axes.set_ylabel(label, fontsize=9, color=canvas.MUTED)
-    axes.legend(fontsize=8.5, frameon=False, labelcolor=canvas.INK)
+    if noisy or validation is not None:
+        axes.legend(fontsize=8.5, frameon=False, labelcolor=canvas.INK)
     canvas.heading(figure, title)
     return canvas.png(figure)
 
