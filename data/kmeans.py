@@ -11,6 +11,7 @@ import numpy as np
 from data.errors import UserError
 
 _CHUNK_BYTES = 64 << 20
+_SCREENING_ITERATIONS = 15
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,16 @@ def fit(
     n_clusters: int,
     *,
     n_init: int = 10,
-    n_iterations: int = 25,
+    n_iterations: int = 100,
     max_samples: int | None = None,
     max_dimensions: int | None = None,
     seed: int = 0,
     gpu: bool | None = None,
 ) -> KMeansResult:
-    """Lloyd's algorithm from `n_init` random starts, of which the best is kept.
+    """Lloyd's algorithm from `n_init` random starts; the best of them after 15 iterations is carried to the end.
+
+    Ten starts of 15 iterations and 100 of the best cost what ten starts of FAISS's usual 25 cost, and end at a
+    partition that moves no more, so that two fits differ by their samples and not by where they were stopped.
 
     The result is a pure function of the arguments and the number of threads.
 
@@ -47,7 +51,7 @@ def fit(
         x: [n_samples, n_features], any real dtype; computed in float32.
         n_clusters: K.
         n_init: number of starts.
-        n_iterations: Lloyd iterations per start.
+        n_iterations: Lloyd iterations of the best start (the screening takes at most as many of each).
         max_samples: fit on a random subset of so many samples; None means all of them.
         max_dimensions: measure distances in a random subset of so many features; None means all of them.
         seed: fixes the subsets and the starts.
@@ -79,18 +83,21 @@ def fit(
     step = _chunk_rows(points.shape[1])
     for start in range(0, len(points), step):
         _check_finite(points[start : start + step], rows[start : start + step])
-    kmeans = faiss.Kmeans(
-        points.shape[1],
-        n_clusters,
-        niter=n_iterations,
-        nredo=n_init,
-        seed=seed & 0x7FFFFFFF,
-        gpu=_use_gpu(gpu),
+    options = {
+        "seed": seed & 0x7FFFFFFF,
+        "gpu": _use_gpu(gpu),
         # Below the first bound FAISS prints a warning, above the second it silently drops samples.
-        min_points_per_centroid=1,
-        max_points_per_centroid=-(-len(points) // n_clusters),
-    )
-    objective = float(kmeans.train(points))
+        "min_points_per_centroid": 1,
+        "max_points_per_centroid": -(-len(points) // n_clusters),
+    }
+    start = None
+    if n_init > 1:
+        screening = min(_SCREENING_ITERATIONS, n_iterations)
+        screened = faiss.Kmeans(points.shape[1], n_clusters, niter=screening, nredo=n_init, **options)
+        screened.train(points)
+        start = screened.centroids
+    kmeans = faiss.Kmeans(points.shape[1], n_clusters, niter=n_iterations, nredo=1, **options)
+    objective = float(kmeans.train(points, init_centroids=start))
     return KMeansResult(np.array(kmeans.centroids, dtype=np.float32), dimensions, objective)
 
 
