@@ -90,14 +90,14 @@ def fit(
         "min_points_per_centroid": 1,
         "max_points_per_centroid": -(-len(points) // n_clusters),
     }
-    start = None
+    best: np.ndarray | None = None
     if n_init > 1:
         screening = min(_SCREENING_ITERATIONS, n_iterations)
         screened = faiss.Kmeans(points.shape[1], n_clusters, niter=screening, nredo=n_init, **options)
         screened.train(points)
-        start = screened.centroids
+        best = screened.centroids
     kmeans = faiss.Kmeans(points.shape[1], n_clusters, niter=n_iterations, nredo=1, **options)
-    objective = float(kmeans.train(points, init_centroids=start))
+    objective = float(kmeans.train(points, init_centroids=best))
     return KMeansResult(np.array(kmeans.centroids, dtype=np.float32), dimensions, objective)
 
 
