@@ -42,10 +42,11 @@ def ray_session(address: str | None, cpus: float) -> Iterator[None]:
                 f"Ray at {address} cannot be used: {one_line(error)}; check the address and the token (RAY_AUTH_TOKEN)"
             ) from error
     else:
-        ray.init(include_dashboard=False, **options)
+        # "local": without an address Ray would join (or wait for) a cluster that somebody started on this machine.
+        ray.init(address="local", include_dashboard=False, **options)
         if ray.cluster_resources().get("CPU", 0) < cpus:
             ray.shutdown()
-            ray.init(num_cpus=math.ceil(cpus), include_dashboard=False, **options)
+            ray.init(address="local", num_cpus=math.ceil(cpus), include_dashboard=False, **options)
     try:
         yield
     finally:
