@@ -13,7 +13,7 @@ import numpy as np
 
 from data import storage
 from data.errors import UserError
-from trainer.tracking import mlflow_errors
+from trainer.tracking import mlflow_client, mlflow_errors
 
 # Tag of a version that was registered to the end.
 COMPLETE = "manymodes.complete"
@@ -41,7 +41,6 @@ def register_model(
     """
     import mlflow
     from mlflow.models.signature import ModelSignature
-    from mlflow.tracking import MlflowClient
     from mlflow.types import DataType, ParamSchema, ParamSpec, Schema, TensorSpec
 
     local = storage.local_folder(folder)
@@ -63,6 +62,7 @@ def register_model(
     signature = ModelSignature(Schema([TensorSpec(np.dtype("float32"), (-1, n_features))]), None, params)
     with mlflow_errors(tracking_uri):
         mlflow.set_tracking_uri(tracking_uri)
+        mlflow.set_registry_uri(tracking_uri)
         with mlflow.start_run(run_id=run_id):
             info = mlflow.pyfunc.log_model(
                 name="model",
@@ -76,7 +76,7 @@ def register_model(
                 pip_requirements=_requirements(),
                 input_example=np.zeros((2, n_features), np.float32),
             )
-        client = MlflowClient(tracking_uri)
+        client = mlflow_client(tracking_uri)
         if not client.search_registered_models(f"name = '{name}'"):
             client.create_registered_model(name)
         created = client.create_model_version(name, info.model_uri, run_id, model_id=info.model_id)
@@ -91,10 +91,8 @@ def register_model(
 
 def _version_of(name: str, tracking_uri: str, run_id: str) -> int | None:
     """The version that this run registered already, alias and all: a job may die right after."""
-    from mlflow.tracking import MlflowClient
-
     with mlflow_errors(tracking_uri):
-        found = MlflowClient(tracking_uri).search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
+        found = mlflow_client(tracking_uri).search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
         complete = [int(version.version) for version in found if version.tags.get(COMPLETE) == "true"]
     return max(complete, default=None)
 
@@ -125,7 +123,9 @@ def fetch_model(uri: str, tracking_uri: str) -> str:
             f"no MLflow database at {database}: run this in the folder of the job, or give --tracking-uri"
         )
     with mlflow_errors(tracking_uri):
-        folder = mlflow.artifacts.download_artifacts(artifact_uri=uri, tracking_uri=tracking_uri)
+        mlflow.set_tracking_uri(tracking_uri)
+        mlflow.set_registry_uri(tracking_uri)
+        folder = mlflow.artifacts.download_artifacts(artifact_uri=uri)
     artifacts = Path(folder) / "artifacts"
     if not (artifacts / "model.json").is_file():
         raise UserError(f"{uri} is not a model that manymodes registered: give the name of one")

@@ -26,10 +26,11 @@ from data.errors import UserError, one_line
 # MLflow is imported where it is used: it costs a second, and most worker processes record nothing.
 
 
-def _client(uri: str) -> Any:
+def mlflow_client(uri: str) -> Any:
+    """A client of the runs and of the model registry at one address, whatever this process talked to before."""
     from mlflow.tracking import MlflowClient
 
-    return MlflowClient(uri)
+    return MlflowClient(uri, registry_uri=uri)
 
 
 def _mlflow_exception() -> type[Exception]:
@@ -117,7 +118,7 @@ def start_run(
     from mlflow.entities import Param
 
     with mlflow_errors(uri):
-        client = _client(uri)
+        client = mlflow_client(uri)
         found = client.get_experiment_by_name(experiment)
         experiment_id = found.experiment_id if found else _create_experiment(client, uri, experiment)
         run = client.create_run(experiment_id, run_name=name, tags=dict(tags))
@@ -137,7 +138,7 @@ def _create_experiment(client: Any, uri: str, name: str) -> str:
 def resume_run(uri: str, run_id: str) -> bool:
     """Marks an earlier run as running again; False where the server does not have it."""
     with mlflow_errors(uri):
-        client = _client(uri)
+        client = mlflow_client(uri)
         try:
             client.update_run(run_id, status="RUNNING")
         except _mlflow_exception() as error:
@@ -150,13 +151,13 @@ def resume_run(uri: str, run_id: str) -> bool:
 def finish_run(uri: str, run_id: str, *, failed: bool = False) -> None:
     """Marks a run as finished or failed."""
     with mlflow_errors(uri):
-        _client(uri).set_terminated(run_id, "FAILED" if failed else "FINISHED")
+        mlflow_client(uri).set_terminated(run_id, "FAILED" if failed else "FINISHED")
 
 
 def log_artifact_text(uri: str, run_id: str, text: str, name: str) -> None:
     """Stores a text (a report, a JSON file) with the run."""
     with mlflow_errors(uri):
-        _client(uri).log_text(run_id, text, name)
+        mlflow_client(uri).log_text(run_id, text, name)
 
 
 def log_dataset(uri: str, run_id: str, *, name: str, source: str, fingerprint: str) -> None:
@@ -170,7 +171,7 @@ def log_dataset(uri: str, run_id: str, *, name: str, source: str, fingerprint: s
             warnings.simplefilter("ignore")  # a local path can be read as several kinds of source, all alike
             dataset = MetaDataset(source=resolve_dataset_source(source), name=name, digest=fingerprint[:36])
         entry = DatasetInput(dataset._to_mlflow_entity(), [InputTag("mlflow.data.context", "training")])
-        _client(uri).log_inputs(run_id, [entry])
+        mlflow_client(uri).log_inputs(run_id, [entry])
 
 
 class RunLogger:
@@ -180,7 +181,7 @@ class RunLogger:
     """
 
     def __init__(self, uri: str | None, run_id: str | None, *, every_seconds: float = 2.0) -> None:
-        self.client = _client(uri) if uri and run_id else None
+        self.client = mlflow_client(uri) if uri and run_id else None
         self.run_id = run_id
         self.every_seconds, self.sent_at = every_seconds, time.monotonic()
         self.pending: list[Any] = []

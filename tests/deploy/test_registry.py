@@ -83,6 +83,7 @@ def test_a_foreign_model_is_refused_and_never_unpickled(tmp_path):
 
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
     experiment = mlflow.create_experiment("foreign", artifact_location=f"file://{tmp_path}/mlruns")
 
     class Trap(mlflow.pyfunc.PythonModel):
@@ -113,9 +114,9 @@ def test_registering_again_after_a_crash_gives_the_same_version(finished_job):
 
 
 def test_version_carries_scores_and_data(finished_job):
-    from mlflow.tracking import MlflowClient
+    from trainer.tracking import mlflow_client
 
-    client = MlflowClient(finished_job.uri)
+    client = mlflow_client(finished_job.uri)
     version = client.get_model_version_by_alias("digits-mfa", "candidate")
     assert float(version.tags["ndb"]) == finished_job.summary["metrics"]["ndb"]
     assert len(version.tags["data.fingerprint"]) == 64
