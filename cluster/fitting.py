@@ -22,6 +22,8 @@ from data.shards import pack
 from data.sources import Source, open_source
 from trainer import tracking
 from trainer.checkpoint import load_model
+from trainer.settings import TrainingSettings
+from trainer.tracking import SubMixtureRuns
 
 
 @dataclass
@@ -82,7 +84,7 @@ def trained_model(
         work = job.work(folder)
         root = _train_root(recipe, manifest, work, job, uri, stages)
         root_model = storage.join(work, "root", "model")
-        final = _split(recipe, manifest, work, stages) if recipe.hierarchy else root_model
+        final = _split(recipe, manifest, work, job, uri, stages) if recipe.hierarchy else root_model
         yield Trained(folder, job, uri, manifest, root, root_model, final, stages)
 
 
@@ -152,45 +154,74 @@ def _is_of(manifest: Manifest, source: Source) -> bool:
 def _train_root(
     recipe: Recipe, manifest: Manifest, work: str, job: Job, uri: str, stages: Stages
 ) -> dict[str, Any]:
+    return _trained_on_workers(
+        *("train root mixture", recipe, manifest, recipe.training, storage.join(work, "root"), job, uri, stages)
+    )
+
+
+def _trained_on_workers(
+    name: str,
+    recipe: Recipe,
+    manifest: Manifest,
+    training: TrainingSettings,
+    folder: str,
+    job: Job,
+    uri: str,
+    stages: Stages,
+    **options: Any,
+) -> dict[str, Any]:
+    """`run_training` as a stage of the job; what it found is kept in `folder`, and not done twice."""
     from cluster.training import run_training
 
-    result_url = storage.join(work, "root", "result.json")
+    result_url = storage.join(folder, "result.json")
     if storage.exists(result_url):
         return dict(json.loads(storage.read_bytes(result_url)))
+    unit = "steps" if training.method == "sgd" else "passes"
     with (
-        stages.stage("train root mixture", total=recipe.training.steps, unit="steps") as advance,
+        stages.stage(name, total=training.length, unit=unit) as advance,
         remote_progress(advance) as board,
     ):
         result = run_training(
             recipe,
             manifest,
-            folder=storage.join(work, "root"),
+            training,
+            folder=folder,
             job=job.id,
             tracking_uri=uri,
             run_id=job.run_id,
             board=board,
+            **options,
         )
     # Told apart, so that nobody takes the start of worker processes for training.
-    name, ray_seconds = "train root mixture", result.pop("ray_seconds")
-    stages.seconds["start and stop workers"] = ray_seconds
+    ray_seconds = result.pop("ray_seconds")
+    workers = "start and stop workers"
+    stages.seconds[workers] = stages.seconds.get(workers, 0.0) + ray_seconds
     stages.seconds[name] = stages.seconds.pop(name) - ray_seconds
     storage.write_text(result_url, json.dumps(result))
     return result
 
 
-def _split(recipe: Recipe, manifest: Manifest, work: str, stages: Stages) -> str:
-    """Routes, trains the sub-mixtures, and returns the folder of the flat model."""
+def _split(recipe: Recipe, manifest: Manifest, work: str, job: Job, uri: str, stages: Stages) -> str:
+    """Routes, trains the sub-mixtures, polishes, and returns the folder of the flat model."""
     root, target, place = storage.join(work, "root", "model"), storage.join(work, "flat"), storage.join(work, "split")
-    if storage.exists(storage.join(target, "model.json")):
+    if not storage.exists(storage.join(target, "model.json")):
+        routing = storage.join(place, "routing.json")
+        if storage.exists(routing):
+            folders = {k: component_folder(place, k) for k in json.loads(storage.read_bytes(routing))}
+        else:
+            with stages.stage("route samples", unit="tasks") as advance:
+                folders = route_samples(recipe, manifest, root, place, advance)
+            storage.write_text(routing, json.dumps(sorted(folders)))
+        record = SubMixtureRuns(uri, str(job.run_id))
+        with stages.stage("train sub-mixtures", unit="samples") as advance:
+            train_sub_mixtures(recipe, folders, root, advance, record.add)
+        record.close()
+        save_trained(target, flatten(root, folders, recipe.splitting.noise_prior_count), recipe, manifest)
+    polish = recipe.splitting.polish
+    if polish is None or not polish.length:
         return target
-    routing = storage.join(place, "routing.json")
-    if storage.exists(routing):
-        folders = {k: component_folder(place, k) for k in json.loads(storage.read_bytes(routing))}
-    else:
-        with stages.stage("route samples", unit="tasks") as advance:
-            folders = route_samples(recipe, manifest, root, place, advance)
-        storage.write_text(routing, json.dumps(sorted(folders)))
-    with stages.stage("train sub-mixtures", unit="samples") as advance:
-        train_sub_mixtures(recipe, folders, root, advance)
-    save_trained(target, flatten(root, folders), recipe, manifest)
-    return target
+    polished = storage.join(work, "polish")
+    _trained_on_workers(
+        *("polish flat mixture", recipe, manifest, polish, polished, job, uri, stages), start=target, prefix="polish"
+    )
+    return storage.join(polished, "model")

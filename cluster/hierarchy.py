@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,14 +21,12 @@ from data import storage
 from data.errors import StorageError, UserError, one_line
 from data.manifest import Manifest, ShardRecord, SplitRecord, load_manifest, save_manifest
 from data.shards import write_shard
-from data.stream import ShardStream, read_blocks
+from data.stream import read_blocks
 from trainer.checkpoint import load_model, save_model
-from trainer.engines import make_engine
+from trainer.fit import Fit
 from trainer.initialise import initial_rows, initialise_mfa
-from trainer.loop import train
+from trainer.loop import Callbacks, LogEntry
 from trainer.models.mfa import MFA
-from trainer.objectives.likelihood import MaximumLikelihood
-from trainer.players import make_player
 from trainer.settings import TRAIN_SPLIT
 
 Advance = Callable[..., None]
@@ -103,7 +102,11 @@ def _route_part(
 
 
 def train_sub_mixtures(
-    recipe: Recipe, folders: dict[int, str], root: str, advance: Advance
+    recipe: Recipe,
+    folders: dict[int, str],
+    root: str,
+    advance: Advance,
+    on_result: Callable[[int, dict[str, Any]], None] = lambda component, result: None,
 ) -> dict[int, dict[str, Any]]:
     """Trains the sub-mixture of every root component that is large enough to split, as Ray tasks, largest first.
 
@@ -111,7 +114,8 @@ def train_sub_mixtures(
     or is killed is tried again alone.
 
     Returns:
-        Per component: `samples`, `n_components`, `seconds`.
+        Per component: `samples`, `n_components`, `log_likelihood` (the last one in training, nats per sample; None
+        where it was not split) and `seconds`. `on_result` gets each as soon as it is there.
     """
     settings = recipe.splitting
     sizes = {k: load_manifest(folder).n_samples(TRAIN_SPLIT) for k, folder in folders.items()}
@@ -127,6 +131,7 @@ def train_sub_mixtures(
     results, done = {}, 0
     for component, result in _drain(pending):
         results[component] = result
+        on_result(component, result)
         done += sizes[component]
         advance(done, total=sum(sizes.values()), text=f"{len(results)} of {len(order)} components")
     return results
@@ -153,24 +158,33 @@ def _train_sub_mixture(document: dict[str, Any], folder: str, root: str, compone
     samples = manifest.n_samples(TRAIN_SPLIT)
     n_components = sub_components(samples, recipe)
     parent, _ = load_model(root)
-    model = MFA(n_components, parent.n_features, settings.n_factors, parent.noise_floor)
+    model = MFA(n_components, parent.n_features, settings.n_factors, parent.noise_floor, parent.noise)
+    began, log_likelihood = time.perf_counter(), None
     if n_components > 1:
-        _fit_sub_mixture(model, recipe, manifest, parent.noise_variance[component].detach(), component)
+        parent_noise = parent.noise_variance[component].detach()
+        log_likelihood = _fit_sub_mixture(model, recipe, manifest, parent_noise, component)
         save_trained(storage.join(folder, "model"), model, recipe, manifest)
-    result = {"samples": samples, "n_components": n_components}
+    seconds = round(time.perf_counter() - began, 3)
+    result = {
+        "samples": samples,
+        "n_components": n_components,
+        "log_likelihood": log_likelihood,
+        "seconds": seconds,
+    }
     storage.write_text(result_url, json.dumps(result))
     return component, result
 
 
 def _fit_sub_mixture(
     model: MFA, recipe: Recipe, manifest: Manifest, parent_noise: torch.Tensor, component: int
-) -> None:
+) -> float | None:
     settings = recipe.splitting
-    samples = manifest.n_samples(TRAIN_SPLIT)
     training = recipe.training.model_copy(
         update={
+            "method": settings.method,
+            "em": settings.em,
             "steps": settings.steps,
-            "batch_size": min(settings.batch_size, samples),
+            "batch_size": min(settings.batch_size, manifest.n_samples(TRAIN_SPLIT)),
             "seed": recipe.training.seed + component + 1,
             "engine": "ddp",
             "lanes": 1,
@@ -178,31 +192,38 @@ def _fit_sub_mixture(
             "optimiser": settings.optimiser,
         }
     )
+    smoothing = settings.noise_prior_smoothing
     start = recipe.initialisation.model_copy(
-        update={"noise_prior_count": settings.noise_prior_count, "n_init": settings.n_init}
+        update={
+            "noise_prior_count": settings.noise_prior_count,
+            "noise_prior_smoothing": smoothing or 0.0,
+            "n_init": settings.n_init,
+        }
     )
     rows = initial_rows(manifest, training, start)
-    initialise_mfa(model, rows, start, seed=training.seed, prior_variance=parent_noise)
-    if settings.steps == 0:
-        return
-    device = torch.device("cuda" if settings.gpus_per_task else "cpu")
-    objective = MaximumLikelihood(make_player(model, settings.optimiser, settings.steps), samples)
-    engine = make_engine(training, device)
-    engine.attach(objective)
-    stream = ShardStream(
-        manifest,
-        TRAIN_SPLIT,
-        batch_size=training.batch_size,
+    initialise_mfa(
+        model,
+        rows,
+        start,
         seed=training.seed,
-        dequantise=training.dequantises(manifest.levels),
+        shape=tuple(manifest.shape),
+        prior_variance=None if smoothing else parent_noise,
     )
-    train(objective, engine, stream, training)
+    if not training.length:
+        return None
+    last: list[LogEntry] = []
+    Fit(model, manifest, training, device=torch.device("cuda") if settings.gpus_per_task else None).run(
+        Callbacks(on_log=lambda entry: last.__setitem__(slice(None), [entry]))
+    )
+    model.cpu()
+    return float(last[0].metrics["log_likelihood"]) if last else None
 
 
-def flatten(root: str, folders: dict[int, str]) -> MFA:
+def flatten(root: str, folders: dict[int, str], noise_prior_count: float) -> MFA:
     """The flat model: all sub-mixtures, their mixing coefficients multiplied by those of their root components.
 
-    Root components that were not split (too few samples, or none) stay as they are.
+    Root components that were not split (too few samples, or none) stay as they are. The noise priors of the
+    sub-mixtures are kept, for training the flat model further.
     """
     parent, _ = load_model(root)
     π = parent.mixing_coefficients.detach().double()
@@ -212,19 +233,22 @@ def flatten(root: str, folders: dict[int, str]) -> MFA:
         if split:
             sub, _ = load_model(storage.join(folders[k], "model"))
             weights = sub.mixing_logits.detach().double().softmax(0) * π[k]
-            parts.append((weights, sub.means, sub.factor_loadings, sub.noise_variance))
+            prior = sub.noise_prior_variance if sub.noise_prior_count > 0 else sub.noise_variance
+            parts.append((weights, sub.means, sub.factor_loadings, sub.noise_variance, prior))
         else:
             own = slice(k, k + 1)
-            parts.append((π[own], parent.means[own], parent.factor_loadings[own], parent.noise_variance[own]))
+            noise = parent.noise_variance[own]
+            parts.append((π[own], parent.means[own], parent.factor_loadings[own], noise, noise))
     n_factors = max(part[2].shape[-1] for part in parts)
     padded = [torch.nn.functional.pad(part[2], (0, n_factors - part[2].shape[-1])) for part in parts]
-    flat = MFA(sum(len(part[0]) for part in parts), parent.n_features, n_factors, parent.noise_floor)
+    flat = MFA(sum(len(part[0]) for part in parts), parent.n_features, n_factors, parent.noise_floor, parent.noise)
     flat.set_components(
         torch.cat([part[0] for part in parts]),
         torch.cat([part[1] for part in parts]),
         torch.cat(padded),
         torch.cat([part[3] for part in parts]),
     )
+    flat.set_noise_prior(noise_prior_count, torch.cat([part[4].expand(-1, parent.n_features) for part in parts]))
     return flat
 
 

@@ -16,7 +16,14 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from data.errors import UserError, one_line
 from data.sources import SourceOptions
 from eval.bins import BinSettings
-from trainer.settings import InitialisationSettings, ModelSettings, OptimiserSettings, Settings, TrainingSettings
+from trainer.settings import (
+    EMSettings,
+    InitialisationSettings,
+    ModelSettings,
+    OptimiserSettings,
+    Settings,
+    TrainingSettings,
+)
 
 
 class DataSettings(Settings):
@@ -52,13 +59,21 @@ class HierarchySettings(Settings):
     samples_per_component: int = Field(60, ge=1, description="training samples for each sub-component")
     max_components: int = Field(100, ge=1, description="most sub-components of one root component")
     n_factors: int = Field(6, ge=0, description="factors per sub-component")
+    method: Literal["sgd", "em"] = Field("sgd", description="stochastic gradients, or expectation-maximisation")
+    em: EMSettings = Field(default_factory=lambda: EMSettings())
     steps: int = Field(200, ge=0, description="optimiser steps of each sub-mixture")
     batch_size: int = Field(64, ge=1, description="samples per step; fewer where a component has fewer")
     noise_prior_count: float = Field(
         30.0, ge=0, description="pseudo-samples of the prior on the noise variances, at the parent's noise variances"
     )
+    noise_prior_smoothing: float | None = Field(
+        None, gt=0, description="blur in pixels: the prior is at the sub-components' own noise variances, so blurred"
+    )
     n_init: int = Field(3, ge=1, description="K-means initialisations")
     optimiser: OptimiserSettings = Field(default_factory=lambda: OptimiserSettings())
+    polish: TrainingSettings | None = Field(
+        None, description="training of the flat model as a whole, over all workers; null leaves it as it is"
+    )
     cpus_per_task: float = Field(1, gt=0, description="CPUs per sub-mixture task")
     gpus_per_task: float = Field(0, ge=0, description="GPUs per sub-mixture task")
     max_retries: int = Field(3, ge=0, description="times a failed or killed task is tried again")
@@ -121,12 +136,16 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _batch_divides(self) -> Recipe:
-        lanes = self.training.lanes or self.scaling.workers
-        if self.training.batch_size % lanes or lanes % self.scaling.workers:
-            raise ValueError(
-                f"training.batch_size ({self.training.batch_size}) must be a multiple of the lanes ({lanes}), and "
-                f"these of scaling.workers ({self.scaling.workers})"
-            )
+        polish = self.hierarchy.polish if self.hierarchy else None
+        for name, training in (("training", self.training), ("hierarchy.polish", polish)):
+            if training is None or training.method == "em":
+                continue
+            lanes = training.lanes or self.scaling.workers
+            if training.batch_size % lanes or lanes % self.scaling.workers:
+                raise ValueError(
+                    f"{name}.batch_size ({training.batch_size}) must be a multiple of the lanes ({lanes}), and "
+                    f"these of scaling.workers ({self.scaling.workers})"
+                )
         return self
 
     @property
@@ -146,15 +165,23 @@ class Recipe(Settings):
 
         Where it runs, by which engine, how it is judged and where it is recorded may change in between.
         """
+        em = {"checkpoint_every"}
+        training = {"log_every", "checkpoint_every", "loader_workers", "engine", "zero_stage", "lanes"}
         document = self.model_dump(
             mode="json",
             include={"data": True, "model": True, "initialisation": True, "training": True, "hierarchy": True},
             exclude={
-                "training": {"log_every", "checkpoint_every", "loader_workers", "engine", "zero_stage", "lanes"},
-                "hierarchy": {"cpus_per_task", "gpus_per_task", "max_retries"},
+                "training": {**dict.fromkeys(training, True), "em": em},
+                "hierarchy": {
+                    **dict.fromkeys(("cpus_per_task", "gpus_per_task", "max_retries"), True),
+                    "em": em,
+                    "polish": {**dict.fromkeys(training, True), "em": em},
+                },
             },
         )
         document["lanes"] = self.training.lanes or self.scaling.workers
+        if self.hierarchy and self.hierarchy.polish:
+            document["polish_lanes"] = self.hierarchy.polish.lanes or self.scaling.workers
         return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 

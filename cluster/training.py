@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import tempfile
 import threading
@@ -11,7 +12,6 @@ from typing import Any
 
 import ray
 import ray.train
-import torch
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -19,31 +19,41 @@ from cluster.recipe import Recipe
 from data import storage
 from data.errors import SharedError, StorageError, UserError, one_line
 from data.manifest import Manifest, load_manifest
-from data.stream import ShardStream
-from trainer.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, save_model
-from trainer.engines import State, make_engine
+from trainer.checkpoint import Checkpoint, load_checkpoint, load_model, save_checkpoint, save_model
+from trainer.engines import State
+from trainer.fit import Fit
 from trainer.initialise import initial_rows, initialise_mfa
-from trainer.loop import Callbacks, LogEntry, train
+from trainer.loop import Callbacks, LogEntry
 from trainer.models.mfa import MFA
-from trainer.objectives.likelihood import MaximumLikelihood
-from trainer.players import make_player
-from trainer.settings import TRAIN_SPLIT
+from trainer.settings import TrainingSettings
 from trainer.tracking import RunLogger
 
 
 def run_training(
     recipe: Recipe,
     manifest: Manifest,
+    training: TrainingSettings,
     *,
     folder: str,
     job: str,
+    start: str | None = None,
     tracking_uri: str | None,
     run_id: str | None,
+    prefix: str = "train",
     board: Any,
 ) -> dict[str, Any]:
-    """Trains the recipe's (root) model over Ray Train's workers and leaves it in `folder`/model.
+    """Trains a model over Ray Train's workers and leaves it in `folder`/model.
 
     Called again with the same `job` and `folder`, it goes on from the last checkpoint.
+
+    Args:
+        recipe, manifest: what and on which data.
+        training: how; the recipe's own for the (root) mixture.
+        folder: for checkpoints and the model.
+        job: name of the job, part of the checkpoints' place.
+        start: folder of the model to start from; None initialises the recipe's.
+        tracking_uri, run_id: MLflow; metrics are called `prefix`/...
+        board: see `remote_progress`.
 
     Returns:
         Rank 0's closing metrics: `loss`, `log_likelihood` (nats per sample), `samples_per_second`, `history`, the
@@ -61,8 +71,11 @@ def run_training(
         _worker,
         train_loop_config={
             "recipe": recipe.model_dump(mode="json"),
+            "training": training.model_dump(mode="json"),
             "shards": manifest.base,
             "folder": folder,
+            "start": start,
+            "prefix": prefix,
             "tracking_uri": tracking_uri,
             "run_id": run_id,
             "board": board,
@@ -140,38 +153,32 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _train_rank(config: dict[str, Any]) -> dict[str, Any]:
-    """Stream, model, engine, loop; rank 0 also reports, records and writes."""
+    """Model and data, the run itself; rank 0 also reports, records and writes."""
     recipe = Recipe.model_validate(config["recipe"])
+    settings = TrainingSettings.model_validate(config["training"])
     manifest = load_manifest(config["shards"])
     context = ray.train.get_context()
-    rank, settings = context.get_world_rank(), recipe.training
-    device = ray.train.torch.get_device() if recipe.scaling.gpus_per_worker else torch.device("cpu")
-    lanes = settings.lanes or recipe.scaling.workers
-    stream = ShardStream(
+    rank = context.get_world_rank()
+    model = load_model(config["start"])[0].train() if config["start"] else build_model(recipe, manifest)
+    fit = Fit(
+        model,
         manifest,
-        TRAIN_SPLIT,
-        batch_size=settings.batch_size,
-        seed=settings.seed,
+        settings,
         rank=rank,
         world_size=context.get_world_size(),
-        lanes=lanes,
-        dequantise=settings.dequantises(manifest.levels),
+        lanes=settings.lanes or recipe.scaling.workers,
+        device=ray.train.torch.get_device() if recipe.scaling.gpus_per_worker else None,
     )
-    found = _latest_checkpoint(stream.state())
-    model = build_model(recipe, manifest)
-    if found is None:
+    found = _latest_checkpoint(fit.order())
+    if found is None and not config["start"]:
         _initialise_on_rank_zero(model, recipe, manifest, rank, config["board"])
-    n_train = manifest.n_samples(TRAIN_SPLIT)
-    objective = MaximumLikelihood(make_player(model, settings.optimiser, settings.steps), n_train)
-    engine = make_engine(settings, device)
-    engine.attach(objective)
 
     logger = RunLogger(config["tracking_uri"], config["run_id"]) if rank == 0 else RunLogger(None, None)
     history: list[LogEntry] = []
 
     def on_log(entry: LogEntry) -> None:
         history.append(entry)
-        logger.metrics({f"train/{name}": value for name, value in entry.metrics.items()}, entry.step)
+        logger.metrics({f"{config['prefix']}/{name}": value for name, value in entry.metrics.items()}, entry.step)
         if rank == 0:
             rate = entry.metrics["samples_per_second"]
             _post(config["board"], entry.step, f"loss {entry.metrics['loss']:.3f}  {rate:,.0f} samples/s")
@@ -183,7 +190,7 @@ def _train_rank(config: dict[str, Any]) -> dict[str, Any]:
             return
         logger.flush()  # what was logged up to a checkpoint is never lost
         with tempfile.TemporaryDirectory() as folder:
-            details = {"stream": stream.state(), "recipe": config["recipe"], "history": _plain(history)}
+            details = {"stream": fit.order(), "recipe": config["recipe"], "history": _plain(history)}
             save_checkpoint(Path(folder), step, state, details)
             checkpoint = ray.train.Checkpoint.from_directory(folder)
             ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=f"step_{step:08d}")
@@ -191,17 +198,10 @@ def _train_rank(config: dict[str, Any]) -> dict[str, Any]:
     if found is not None:
         _post(config["board"], found.step, f"resumed at step {found.step}")
         history = [LogEntry(entry["step"], entry["metrics"]) for entry in found.details["history"]]
-    state = train(
-        objective,
-        engine,
-        stream,
-        settings,
-        callbacks=Callbacks(on_log, on_checkpoint),
-        resume=(found.step, found.state) if found else None,
-    )
+    state = fit.run(Callbacks(on_log, on_checkpoint), (found.step, found.state) if found else None)
     logger.flush()
     if rank == 0:
-        final = build_model(recipe, manifest)
+        final = MFA(**model.config)
         final.load_state_dict({name: state[f"model.module.{name}"] for name in final.state_dict()})
         dequantised = settings.dequantises(manifest.levels)
         save_model(
@@ -215,10 +215,12 @@ def _initialise_on_rank_zero(model: MFA, recipe: Recipe, manifest: Manifest, ran
     """Rank 0 initialises (the engine then broadcasts); a failure there must reach the ranks that wait for it."""
     problem = None
     if rank == 0:
-        _post(board, 0, "K-means and factor analysis")
+        _post(board, 0, f"starting point by {recipe.initialisation.method}")
         try:
             rows = initial_rows(manifest, recipe.training, recipe.initialisation)
-            initialise_mfa(model, rows, recipe.initialisation, seed=recipe.training.seed)
+            initialise_mfa(
+                model, rows, recipe.initialisation, seed=recipe.training.seed, shape=tuple(manifest.shape)
+            )
         except UserError as error:
             problem = str(error)
     problem = broadcast_from_rank_zero(problem)
@@ -228,8 +230,8 @@ def _initialise_on_rank_zero(model: MFA, recipe: Recipe, manifest: Manifest, ran
 
 def build_model(recipe: Recipe, manifest: Manifest) -> MFA:
     """The untrained model of a recipe, for the manifest's sample shape."""
-    n_features = int(torch.tensor(manifest.shape).prod())
-    return MFA(recipe.model.n_components, n_features, recipe.model.n_factors, recipe.model.noise_floor)
+    m = recipe.model
+    return MFA(m.n_components, math.prod(manifest.shape), m.n_factors, m.noise_floor, m.noise)
 
 
 def _latest_checkpoint(stream: dict[str, Any]) -> Checkpoint | None:

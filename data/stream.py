@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from data import augment as augmentations
 from data.errors import UserError
 from data.manifest import Manifest, check_size
 from data.members import Block, read_member
 from data.pixels import dequantise, scale
 
 # First word of every random key, so that no two uses draw the same numbers.
-_ORDER, _SHUFFLE, _TRAIN_NOISE, _EVAL_NOISE = 1, 2, 3, 4
+_ORDER, _SHUFFLE, _TRAIN_NOISE, _EVAL_NOISE, _AUGMENT, _PASS_AUGMENT = 1, 2, 3, 4, 5, 6
 
 
 class SplitReader:
@@ -60,6 +61,7 @@ class ShardStream:
         lanes: shares of the order; a multiple of world_size, a divisor of batch_size; default world_size. Choose
             more to be able to go on later with another number of ranks.
         dequantise: "x" is (v + u) / levels instead of v / (levels - 1).
+        augment: names of `data.augment.AUGMENTATIONS`, applied to every sample anew in every epoch.
         group: blocks that are shuffled together, and held in memory per lane.
 
     Raises:
@@ -78,6 +80,7 @@ class ShardStream:
         world_size: int = 1,
         lanes: int | None = None,
         dequantise: bool = False,
+        augment: Sequence[str] = (),
         group: int = 8,
     ) -> None:
         lanes = lanes or world_size
@@ -87,9 +90,10 @@ class ShardStream:
             raise UserError(f"a batch of {batch_size} rows cannot be shared by {lanes} lanes: choose a multiple")
         if dequantise and manifest.levels is None:
             raise UserError(f"{manifest.base}: real numbers cannot be dequantised: switch dequantisation off")
+        augmentations.check(augment, manifest.shape)
         self.manifest, self.split, self.batch_size, self.seed = manifest, split, batch_size, seed
         self.rank, self.world_size, self.lanes = rank, world_size, lanes
-        self.dequantise, self.group = dequantise, group
+        self.dequantise, self.augment, self.group = dequantise, tuple(augment), group
         n = manifest.n_samples(split)
         self._lane_rows = batch_size // lanes
         self.steps_per_epoch = n // lanes // self._lane_rows
@@ -106,6 +110,7 @@ class ShardStream:
             "lanes": self.lanes,
             "group": self.group,
             "dequantise": self.dequantise,
+            "augment": list(self.augment),
         }
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[dict[str, torch.Tensor]]:
@@ -193,6 +198,8 @@ class _Lane:
             rows["x"] = dequantise(rows["x"], levels, [_TRAIN_NOISE, stream.seed, self.epoch, self.lane, step])
         else:
             rows["x"] = scale(rows["x"], levels)
+        key = [_AUGMENT, stream.seed, self.epoch, self.lane, step]
+        rows["x"] = augmentations.augment(rows["x"], stream.augment, key)
         return rows
 
     def _load(self, number: int) -> None:
@@ -224,6 +231,8 @@ def read_blocks(
     world_size: int = 1,
     dequantise_seed: int | None = None,
     raw: bool = False,
+    augment: Sequence[str] = (),
+    augment_key: Sequence[int] = (),
 ) -> Iterator[Block]:
     """Every sample of a split exactly once over all ranks, in blocks as stored; rank r reads r, r + world_size, ...
 
@@ -232,6 +241,8 @@ def read_blocks(
         rank, world_size: which share.
         dequantise_seed: add noise to pixels, a pure function of this seed and the block, whatever the world size.
         raw: keep "x" in the stored dtype, for writing it anew.
+        augment: names of `data.augment.AUGMENTATIONS`; a pure function of `augment_key` and the block.
+        augment_key: numbers, such as a seed and the number of the pass.
 
     Yields:
         "x" [rows, *shape] (float32, see `scale` and `dequantise`, unless raw), "label" [rows] int64 where there are
@@ -242,6 +253,7 @@ def read_blocks(
     """
     if dequantise_seed is not None and manifest.levels is None:
         raise UserError(f"{manifest.base}: real numbers cannot be dequantised: switch dequantisation off")
+    augmentations.check(augment, manifest.shape)
     reader = SplitReader(manifest, split)
     for number in range(rank, len(reader), world_size):
         block = reader.read(number)
@@ -249,5 +261,6 @@ def read_blocks(
             block["x"] = dequantise(block["x"], manifest.levels, [_EVAL_NOISE, dequantise_seed, number])
         elif not raw:
             block["x"] = scale(block["x"], manifest.levels)
+        block["x"] = augmentations.augment(block["x"], augment, [_PASS_AUGMENT, *augment_key, number])
         block["index"] = np.arange(reader.starts[number], reader.starts[number + 1], dtype=np.int64)
         yield block

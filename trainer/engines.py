@@ -67,6 +67,13 @@ def mean_and_max_over_ranks(values: Tensor) -> tuple[Tensor, Tensor]:
     return table.mean(0), table.amax(0)
 
 
+def broadcast_module(module: nn.Module) -> None:
+    """Gives every rank rank 0's parameters and buffers."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        for tensor in (*module.parameters(), *module.buffers()):
+            dist.broadcast(tensor.data, 0)
+
+
 class _Base:
     """What both engines share: ranks, the player's turn, broadcast of the starting point."""
 
@@ -80,10 +87,7 @@ class _Base:
     def _start(self, objective: Objective) -> None:
         self.objective = objective
         for player in objective.players.values():
-            player.module.to(self.device)
-            if self.world_size > 1:
-                for tensor in (*player.module.parameters(), *player.module.buffers()):
-                    dist.broadcast(tensor.data, 0)
+            broadcast_module(player.module.to(self.device))
 
     def set_turn(self, player: str) -> None:
         for name, other in self.objective.players.items():

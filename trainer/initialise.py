@@ -1,4 +1,4 @@
-"""Starting points of mixtures: K-means over a sample of the data, then one factor analysis per cluster."""
+"""Starting points of mixtures: clusters of a sample of the data, and one factor analysis of each."""
 
 from __future__ import annotations
 
@@ -7,11 +7,18 @@ import torch
 from torch import Tensor
 
 from data import kmeans
+from data.errors import UserError
 from data.manifest import Manifest
 from data.stream import ShardStream
 from trainer.models.factor_analysis import FactorAnalyser, fit_factor_analyser
 from trainer.models.mfa import MFA
 from trainer.settings import TRAIN_SPLIT, InitialisationSettings, TrainingSettings
+
+_COMPARED_SAMPLES = 10_000  # by which starting points are compared
+_SUBSPACE_ROUNDS = 3
+# Of the prior's variances under smoothing, the part that is common to all components, and in it to all features: a
+# feature that is constant in one component's samples, or in all, may still differ in a sample to come.
+_COMMON_SHARE, _FLAT_SHARE = 0.1, 0.01
 
 
 def initial_rows(manifest: Manifest, training: TrainingSettings, settings: InitialisationSettings) -> np.ndarray:
@@ -22,46 +29,97 @@ def initial_rows(manifest: Manifest, training: TrainingSettings, settings: Initi
         batch_size=min(settings.max_samples, manifest.n_samples(TRAIN_SPLIT)),
         seed=training.seed,
         dequantise=training.dequantises(manifest.levels),
+        augment=training.augment,
     )
     return next(iter(stream.epoch(0)))["x"].flatten(1).numpy()
 
 
 def initialise_mfa(
-    model: MFA, x: np.ndarray, settings: InitialisationSettings, *, seed: int, prior_variance: Tensor | None = None
+    model: MFA,
+    x: np.ndarray,
+    settings: InitialisationSettings,
+    *,
+    seed: int,
+    shape: tuple[int, ...] | None = None,
+    prior_variance: Tensor | None = None,
 ) -> None:
     """Sets the model's components from x [n, n_features] (Richardson & Weiss 2018, supplement §1.2).
 
-    K-means, then a factor analysis of each cluster in float64; mixing coefficients are the clusters' shares.
-    `settings.noise_prior_count` pseudo-samples of `prior_variance` [n_features] hold the noise variances; where
-    none is given it is the average noise variance of the clusters, found by a first pass without prior. An empty
-    cluster becomes a copy of the pooled data's factor analysis with the weight of one sample.
+    `settings.method`:
+        kmeans: K-means, then a factor analysis of each cluster; mixing coefficients are the clusters' shares.
+        random: n_factors + 1 random samples per component; they span its subspace, and the noise is constant, the
+            average variance of a feature.
+        k-subspaces: such random subspaces, refined by the samples that are closest to each, of which there is a
+            factor analysis in the end.
+
+    Of `settings.n_starts` such starting points the one with the highest likelihood is taken.
+
+    `settings.noise_prior_count` pseudo-samples hold the noise variances, also in training. Their variances are
+    `prior_variance` [n_features] where it is given; else the clusters' average noise variances, found by a first
+    analysis without prior; with `settings.noise_prior_smoothing` each component's own, blurred over the image, and a
+    tenth of that average. An empty cluster becomes a copy of the pooled data's factor analysis with the weight of one
+    sample.
+
+    Args:
+        model: its size decides how many components are made.
+        x: samples.
+        settings: how.
+        seed: fixes every random choice.
+        shape: of a sample, for the smoothing; None where it is no image.
+        prior_variance: see above.
 
     Raises:
         UserError: fewer samples than components, or NaN in the data.
     """
     flat = np.ascontiguousarray(x.reshape(len(x), -1), dtype=np.float32)
-    if model.n_components > 1:
-        centres = kmeans.fit(
-            flat,
-            model.n_components,
-            n_init=settings.n_init,
-            max_samples=settings.kmeans_samples,
-            max_dimensions=settings.kmeans_dimensions,
-            seed=seed,
+    if len(flat) < model.n_components:
+        raise UserError(
+            f"a mixture of {model.n_components} components cannot start from {len(flat)} samples: lower "
+            "n_components, or give more samples"
         )
-        labels = kmeans.assign(flat[:, centres.dimensions], centres.centroids)[0]
+    compared = torch.from_numpy(flat[:_COMPARED_SAMPLES]).to(model.means)
+    best: tuple[float, dict[str, Tensor]] | None = None
+    for start in range(settings.n_starts):
+        _start(model, flat, settings, seed + 7919 * start, shape, prior_variance)
+        if settings.n_starts == 1:
+            return
+        with torch.no_grad():
+            reached = sum(float(model.log_prob(part).double().sum()) for part in compared.split(1000))
+        if best is None or reached > best[0]:
+            best = reached, {name: value.clone() for name, value in model.state_dict().items()}
+    assert best is not None
+    model.load_state_dict(best[1])
+
+
+def _start(
+    model: MFA,
+    flat: np.ndarray,
+    settings: InitialisationSettings,
+    seed: int,
+    shape: tuple[int, ...] | None,
+    prior_variance: Tensor | None,
+) -> None:
+    if settings.method == "kmeans":
+        clusters = _kmeans_clusters(model, flat, settings, seed)
     else:
-        labels = np.zeros(len(flat), np.int64)
+        clusters = _random_clusters(model, flat, seed)
+        if settings.method == "k-subspaces":
+            clusters = _nearest_subspaces(model, flat, clusters, seed)
+    sizes = torch.tensor([len(rows) for rows in clusters], dtype=torch.float64)
+    mixing = sizes.clamp_min(1) / sizes.clamp_min(1).sum()
+    constant = torch.from_numpy(flat.var(0, dtype=np.float64)).mean() if settings.method == "random" else None
     count = settings.noise_prior_count
     variance = None if prior_variance is None else prior_variance.double().cpu()
     if count > 0 and variance is None:
-        first = _analyse(model, flat, labels, 0.0, None, seed)
-        shares = torch.from_numpy(np.bincount(labels, minlength=model.n_components) / len(flat))
-        variance = shares @ torch.stack([part.noise_variance for part in first])
-    parts = _analyse(model, flat, labels, count, variance, seed)
-    sizes = torch.from_numpy(np.bincount(labels, minlength=model.n_components)).double().clamp_min(1)
+        # It is the scale of the noise that counts here, not its last digit.
+        first = _analyse(model, flat, clusters, 0.0, None, constant, seed, n_iterations=10)
+        noise = torch.stack([part.noise_variance for part in first])
+        variance = _prior_variance(noise, mixing, settings.noise_prior_smoothing, shape)
+    parts = _analyse(model, flat, clusters, count, variance, constant, seed)
+    if settings.method == "random":
+        mixing = torch.full_like(mixing, 1 / len(mixing))
     model.set_components(
-        sizes / sizes.sum(),
+        mixing,
         torch.stack([part.mean for part in parts]),
         torch.stack([part.factor_loadings for part in parts]),
         torch.stack([part.noise_variance for part in parts]),
@@ -70,21 +128,99 @@ def initialise_mfa(
         model.set_noise_prior(count, variance)
 
 
+def _kmeans_clusters(model: MFA, flat: np.ndarray, settings: InitialisationSettings, seed: int) -> list[np.ndarray]:
+    if model.n_components == 1:
+        return [np.arange(len(flat))]
+    centres = kmeans.fit(
+        flat,
+        model.n_components,
+        n_init=settings.n_init,
+        max_samples=settings.kmeans_samples,
+        max_dimensions=settings.kmeans_dimensions,
+        seed=seed,
+    )
+    return _members(kmeans.assign(flat[:, centres.dimensions], centres.centroids)[0], model.n_components)
+
+
+def _members(labels: np.ndarray, n_clusters: int) -> list[np.ndarray]:
+    """Row numbers of each cluster, ascending."""
+    order = np.argsort(labels, kind="stable")
+    return np.split(order, np.cumsum(np.bincount(labels, minlength=n_clusters))[:-1])
+
+
+def _random_clusters(model: MFA, flat: np.ndarray, seed: int) -> list[np.ndarray]:
+    """n_factors + 1 different samples per component (all of them, where there are fewer)."""
+    rng, size = np.random.default_rng(seed), min(model.n_factors + 1, len(flat))
+    return [rng.choice(len(flat), size, replace=False) for _ in range(model.n_components)]
+
+
+def _nearest_subspaces(model: MFA, flat: np.ndarray, clusters: list[np.ndarray], seed: int) -> list[np.ndarray]:
+    """Lloyd's algorithm with subspaces for centres: each sample goes to the one that it is closest to.
+
+    A component that attracts no more samples than it has factors keeps its seed.
+    """
+    x = torch.from_numpy(flat)
+    for _ in range(_SUBSPACE_ROUNDS):
+        distances = []
+        for rows in clusters:
+            mean = x[rows].mean(0)
+            rank = min(model.n_factors, len(rows) - 1)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                q = min(rank + 4, len(rows), x.shape[1])
+                basis = torch.svd_lowrank(x[rows] - mean, q=q)[2][:, :rank] if rank > 0 else x.new_zeros(x.shape[1], 0)
+            centred = x - mean
+            distances.append(centred.square().sum(1) - (centred @ basis).square().sum(1))
+        found = _members(torch.stack(distances).argmin(0).numpy(), model.n_components)
+        clusters = [new if len(new) > model.n_factors else old for new, old in zip(found, clusters, strict=True)]
+    return clusters
+
+
+def _prior_variance(noise: Tensor, shares: Tensor, smoothing: float, shape: tuple[int, ...] | None) -> Tensor:
+    """Variances of the noise prior from the clusters' own [K, d]: [d], or [K, d] with smoothing."""
+    common = shares @ noise
+    if not smoothing:
+        return common
+    common = (1 - _FLAT_SHARE) * _blurred(common[None], smoothing, shape) + _FLAT_SHARE * common.mean()
+    return (1 - _COMMON_SHARE) * _blurred(noise, smoothing, shape) + _COMMON_SHARE * common
+
+
+def _blurred(x: Tensor, width: float, shape: tuple[int, ...] | None) -> Tensor:
+    """Rows [n, d] blurred along height and width, where `shape` is that of an image."""
+    if shape is None or len(shape) not in (2, 3):
+        return x
+    from scipy.ndimage import gaussian_filter
+
+    sigma = (0.0, width, width, 0.0)[: 1 + len(shape)]
+    blurred = gaussian_filter(x.numpy().reshape(len(x), *shape), sigma, mode="nearest")
+    return torch.from_numpy(blurred.reshape(len(x), -1))
+
+
 def _analyse(
-    model: MFA, flat: np.ndarray, labels: np.ndarray, count: float, variance: Tensor | None, seed: int
+    model: MFA,
+    flat: np.ndarray,
+    clusters: list[np.ndarray],
+    count: float,
+    variance: Tensor | None,
+    constant_noise: Tensor | None,
+    seed: int,
+    n_iterations: int = 30,
 ) -> list[FactorAnalyser]:
     parts = []
-    for k in range(model.n_components):
-        rows = flat[labels == k]
-        members = torch.from_numpy(rows if len(rows) else flat).double()
-        parts.append(
-            fit_factor_analyser(
-                members,
-                model.n_factors,
-                prior_count=count,
-                prior_variance=variance,
-                noise_floor=model.noise_floor,
-                seed=seed,
-            )
+    for k, rows in enumerate(clusters):
+        members = torch.from_numpy(flat[rows] if len(rows) else flat).double()
+        part = fit_factor_analyser(
+            members,
+            model.n_factors,
+            prior_count=count,
+            prior_variance=variance[k] if variance is not None and variance.ndim == 2 else variance,
+            noise_floor=model.noise_floor,
+            isotropic=model.noise == "isotropic",
+            n_iterations=n_iterations if constant_noise is None else 0,
+            seed=seed,
         )
+        if constant_noise is not None:
+            noise = constant_noise.clamp_min(model.noise_floor)
+            part = part._replace(noise_variance=noise.expand_as(part.noise_variance))
+        parts.append(part)
     return parts

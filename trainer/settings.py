@@ -22,17 +22,27 @@ class ModelSettings(Settings):
     n_components: int = Field(10, ge=1, description="number of mixture components (of the root, where it is split)")
     n_factors: int = Field(6, ge=0, description="number of factors per component")
     noise_floor: float = Field(1e-5, gt=0, description="smallest noise variance, in squared units of the data")
+    noise: Literal["diagonal", "isotropic"] = Field(
+        "diagonal", description="noise variances: one per feature (MFA), or one per component (MPPCA)"
+    )
 
 
 class InitialisationSettings(Settings):
-    """How a mixture starts: K-means and a factor analysis per cluster."""
+    """How a mixture starts: clusters of the samples, and a factor analysis of each."""
 
+    method: Literal["kmeans", "random", "k-subspaces"] = Field(
+        "kmeans", description="clusters by K-means, or of n_factors + 1 random samples each, as they are or refined"
+    )
+    n_starts: int = Field(1, ge=1, description="starting points, of which the one of highest likelihood is taken")
     max_samples: int = Field(60_000, ge=1, description="samples read for the initialisation")
     kmeans_samples: int | None = Field(None, ge=1, description="random subset of them used by K-means; all if null")
     kmeans_dimensions: int | None = Field(None, ge=1, description="random subset of features used by K-means")
     n_init: int = Field(3, ge=1, description="K-means initialisations, of which the best is taken")
     noise_prior_count: float = Field(
         0.0, ge=0, description="pseudo-samples of the prior on the noise variances; the prior stays on in training"
+    )
+    noise_prior_smoothing: float = Field(
+        0.0, ge=0, description="images: width in pixels of a Gaussian blur of the prior's variances"
     )
 
 
@@ -48,13 +58,29 @@ class OptimiserSettings(Settings):
     gradient_clip: float | None = Field(None, gt=0, description="largest gradient norm; null never clips")
 
 
+class EMSettings(Settings):
+    """Expectation-maximisation: passes over the training split."""
+
+    iterations: int = Field(20, ge=0, description="passes over the training split")
+    tolerance: float = Field(0.0, description="stop when a pass gains less, in nats per sample; below 0 never stops")
+    screening_features: int | None = Field(
+        None, ge=1, description="random features by which components are screened for each sample; null takes all"
+    )
+    checkpoint_every: int = Field(5, ge=1, description="passes between checkpoints")
+
+
 class TrainingSettings(Settings):
     """One training run of one model."""
 
+    method: Literal["sgd", "em"] = Field("sgd", description="stochastic gradients, or expectation-maximisation")
+    em: EMSettings = Field(default_factory=lambda: EMSettings())
     steps: int = Field(1000, ge=0, description="optimiser steps in all")
     batch_size: int = Field(256, ge=1, description="samples per step over all workers together")
     seed: int = Field(0, ge=0, description="fixes the order of the data, the dequantisation and the initialisation")
     dequantise: bool = Field(True, description="add uniform noise to integer pixels, x = (v + u) / levels in [0, 1)")
+    augment: list[Literal["mirror"]] = Field(
+        default_factory=list, description="random changes of the training samples, anew in every epoch"
+    )
     engine: Literal["ddp", "deepspeed"] = Field("ddp", description="what synchronises the workers")
     zero_stage: Literal[0, 1, 2, 3] = Field(0, description="DeepSpeed's ZeRO stage")
     checkpoint_every: int = Field(200, ge=1, description="steps between checkpoints")
@@ -64,6 +90,11 @@ class TrainingSettings(Settings):
         None, ge=1, description="shares in which the data's order is cut; null takes the number of workers"
     )
     optimiser: OptimiserSettings = Field(default_factory=lambda: OptimiserSettings())
+
+    @property
+    def length(self) -> int:
+        """Optimiser steps, or passes where it is by EM."""
+        return self.steps if self.method == "sgd" else self.em.iterations
 
     def dequantises(self, levels: int | None) -> bool:
         """Whether data of so many levels (None: real numbers) is dequantised."""

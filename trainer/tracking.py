@@ -215,6 +215,61 @@ class RunLogger:
                 self.client = None
 
 
+class SubMixtureRuns:
+    """A child run per sub-mixture below a job's run, and one table of all of them with the job.
+
+    MLflow's failures cost the record, never the training. Components that an earlier call recorded are not again.
+    """
+
+    def __init__(self, uri: str, run_id: str) -> None:
+        self.uri, self.run_id = uri, run_id
+        self.rows: dict[int, Mapping[str, Any]] = {}
+        self.recorded: set[int] = set()
+        self.usable = True
+        with self._forgiven():
+            client = mlflow_client(uri)
+            self.experiment = client.get_run(run_id).info.experiment_id
+            found = client.search_runs([self.experiment], f"tags.`mlflow.parentRunId` = '{run_id}'", max_results=5000)
+            self.recorded = {int(run.data.tags["component"]) for run in found if "component" in run.data.tags}
+
+    def add(self, component: int, result: Mapping[str, Any]) -> None:
+        """Records one sub-mixture: its numbers as metrics."""
+        self.rows[component] = result
+        if component in self.recorded or not self.usable:
+            return
+        from mlflow.entities import Metric
+
+        with self._forgiven():
+            client = mlflow_client(self.uri)
+            tags = {"mlflow.parentRunId": self.run_id, "component": str(component)}
+            run = client.create_run(self.experiment, run_name=f"component {component}", tags=tags)
+            now = int(time.time() * 1000)
+            numbers = {name: value for name, value in result.items() if value is not None}
+            client.log_batch(run.info.run_id, [Metric(name, float(v), now, 0) for name, v in numbers.items()])
+            client.set_terminated(run.info.run_id)
+            self.recorded.add(component)
+
+    def close(self) -> None:
+        """Stores the table `sub-mixtures.csv` with the job's run."""
+        if not self.rows or not self.usable:
+            return
+        columns = list(next(iter(self.rows.values())))
+        lines = [",".join(["component", *columns])]
+        for k in sorted(self.rows):
+            values = (self.rows[k].get(name) for name in columns)
+            lines.append(",".join([str(k), *("" if value is None else str(value) for value in values)]))
+        with self._forgiven():
+            mlflow_client(self.uri).log_text(self.run_id, "\n".join(lines) + "\n", "sub-mixtures.csv")
+
+    @contextmanager
+    def _forgiven(self) -> Iterator[None]:
+        try:
+            yield
+        except _mlflow_exception() as error:
+            print(f"manymodes: sub-mixtures are not recorded in MLflow: {_reason(error)}", file=sys.stderr)
+            self.usable = False  # each try may wait for a silent server
+
+
 _PACKAGES = ("manymodes", "torch", "numpy", "ray", "deepspeed", "faiss-cpu", "faiss-gpu", "webdataset", "mlflow")
 
 

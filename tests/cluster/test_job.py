@@ -60,7 +60,7 @@ def test_flat_mixture_multiplies_the_mixing_coefficients(finished_job):
     work = next((finished_job.folder / "work").iterdir())
     root, _ = load_model(str(work / "root" / "model"))
     folders = {int(p.name[-5:]): str(p) for p in (work / "split").glob("component-*")}
-    flat = flatten(str(work / "root" / "model"), folders)
+    flat = flatten(str(work / "root" / "model"), folders, 60)
     assert flat.mixing_logits.detach().double().softmax(0).sum().item() == pytest.approx(1, abs=1e-12)
     sizes = [json.loads((work / "split" / f"component-{k:05d}" / "result.json").read_text()) for k in sorted(folders)]
     assert flat.n_components == sum(size["n_components"] for size in sizes)
@@ -68,6 +68,7 @@ def test_flat_mixture_multiplies_the_mixing_coefficients(finished_job):
     counts = [size["n_components"] for size in sizes]
     shares = torch.stack([part.sum() for part in flat.mixing_coefficients.split(counts)])
     assert torch.allclose(shares, root.mixing_coefficients, atol=1e-6)
+    assert flat.mixing_coefficients.sum().item() == pytest.approx(1, abs=1e-12)
 
 
 def test_registered_model_samples_and_evaluates(finished_job, monkeypatch, capfd, tmp_path):

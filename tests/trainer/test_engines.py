@@ -1,10 +1,8 @@
 """N workers equal one worker, DeepSpeed equals DDP, and a resumed run equals one that was never stopped."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from distributed import run_ranks
 
 from data.manifest import load_manifest
 from data.stream import ShardStream
@@ -80,14 +78,9 @@ def on_rank(rank, shards):
 
 @pytest.fixture(scope="module")
 def by_rank(digits_pack, tmp_path_factory):
-    sys.path.insert(0, str(Path(__file__).parent))  # spawned processes import this file by name
-    try:
-        import test_engines
-        from distributed import run_ranks
+    import test_engines  # by its plain name, so that spawned processes find the function
 
-        return run_ranks(test_engines.on_rank, 2, tmp_path_factory.mktemp("ranks"), digits_pack.base)
-    finally:
-        sys.path.pop(0)
+    return run_ranks(test_engines.on_rank, 2, tmp_path_factory.mktemp("ranks"), digits_pack.base)
 
 
 def difference(a, b):

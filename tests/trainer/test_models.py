@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from mixtures import random_mfa
 from scipy.stats import multivariate_normal
 
 from trainer.checkpoint import load_model, save_model
@@ -12,18 +13,6 @@ from trainer.initialise import initialise_mfa
 from trainer.models.factor_analysis import fit_factor_analyser
 from trainer.models.mfa import MFA
 from trainer.settings import InitialisationSettings
-
-
-def random_mfa(n_components, n_features, n_factors, *, noise=0.1, seed=0, dtype=torch.float64):
-    g = torch.Generator().manual_seed(seed)
-    model = MFA(n_components, n_features, n_factors).double()
-    model.set_components(
-        torch.rand(n_components, generator=g) + 0.1,
-        torch.randn(n_components, n_features, generator=g, dtype=torch.float64),
-        torch.randn(n_components, n_features, n_factors, generator=g, dtype=torch.float64) * 0.5,
-        noise * (0.5 + torch.rand(n_components, n_features, generator=g, dtype=torch.float64)),
-    )
-    return model.to(dtype)
 
 
 def dense_log_prob(model, x):
@@ -34,7 +23,7 @@ def dense_log_prob(model, x):
         a = model.factor_loadings[k].detach().numpy()
         covariance = a @ a.T + np.diag(model.noise_variance[k].detach().numpy())
         log_density = multivariate_normal.logpdf(x, model.means[k].detach().numpy(), covariance)
-        parts.append(np.atleast_1d(log_density) + math.log(model.mixing_coefficients[k]))
+        parts.append(np.atleast_1d(log_density) + math.log(model.mixing_coefficients[k].item()))
     return np.logaddexp.reduce(np.stack(parts), axis=0)
 
 

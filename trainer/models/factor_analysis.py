@@ -23,6 +23,7 @@ def fit_factor_analyser(
     prior_count: float = 0.0,
     prior_variance: Tensor | None = None,
     noise_floor: float = 1e-6,
+    isotropic: bool = False,
     n_iterations: int = 30,
     seed: int = 0,
 ) -> FactorAnalyser:
@@ -39,6 +40,7 @@ def fit_factor_analyser(
         prior_count: pseudo-samples ν of the prior on the noise variances.
         prior_variance: their variance v [n_features]; needed where prior_count > 0.
         noise_floor: smallest noise variance.
+        isotropic: the same noise variance for all features (probabilistic principal component analysis).
         n_iterations: EM iterations.
         seed: for the randomised singular value decomposition.
 
@@ -56,7 +58,8 @@ def fit_factor_analyser(
     pseudo = torch.zeros_like(total) if prior_variance is None else prior_variance.to(x.dtype)
 
     def smoothed(residual: Tensor) -> Tensor:
-        return ((n * residual.clamp_min(0) + prior_count * pseudo) / (n + prior_count)).clamp_min(noise_floor)
+        variance = (n * residual.clamp_min(0) + prior_count * pseudo) / (n + prior_count)
+        return (variance.mean().expand_as(variance) if isotropic else variance).clamp_min(noise_floor)
 
     rank = min(n_factors, n - 1, n_features)
     loadings = x.new_zeros(n_features, n_factors)

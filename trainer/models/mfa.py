@@ -10,21 +10,25 @@ References:
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+# Working memory of what is computed component by component (in float64).
+_WORKING_BYTES = 256 << 20
 
-class _Precision(NamedTuple):
+
+class Precision(NamedTuple):
     """What `log_prob` needs of all components: the inverse covariances in factored form, about a common origin."""
 
     origin: Tensor  # [n_features]
-    inverse_noise: Tensor  # [n_components, n_features]
+    inverse_noise: Tensor  # [n_components, n_features], or [n_components, 1] for isotropic noise
     weighted_mean: Tensor  # [n_components, n_features]: D⁻¹ (μ - origin)
     projection: Tensor  # [n_components, n_factors, n_features]: L⁻¹ Aᵀ D⁻¹ with L Lᵀ = I + Aᵀ D⁻¹ A
     projected_mean: Tensor  # [n_components, n_factors]
     mean_square: Tensor  # [n_components]: (μ - origin)ᵀ D⁻¹ (μ - origin)
+    cholesky: Tensor  # [n_components, n_factors, n_factors]: L
     constant: Tensor  # [n_components]: log π - ½ log |2π Σ|
 
 
@@ -32,7 +36,8 @@ class MFA(nn.Module):
     """Mixture of factor analysers, p(x) = Σ_k π_k N(x; μ_k, A_k A_kᵀ + D_k) with diagonal D_k.
 
     Parameters (shapes): `mixing_logits` [n_components], `means` [n_components, n_features],
-    `factor_loadings` [n_components, n_features, n_factors], `log_noise_variance` [n_components, n_features].
+    `factor_loadings` [n_components, n_features, n_factors], `log_noise_variance` [n_components, n_features], or
+    [n_components, 1] where the noise is isotropic (a mixture of probabilistic principal component analysers).
     The noise variance is D = noise_floor + exp(log_noise_variance), positive by construction.
 
     A prior on the noise variances of `noise_prior_count` pseudo-samples of variance `noise_prior_variance` (per
@@ -45,22 +50,33 @@ class MFA(nn.Module):
         n_features: dimension d of a flattened sample.
         n_factors: number of factors l, the columns of A.
         noise_floor: smallest noise variance.
+        noise: "diagonal", a variance per feature (MFA), or "isotropic", one per component (MPPCA; Tipping & Bishop).
     """
 
-    def __init__(self, n_components: int, n_features: int, n_factors: int, noise_floor: float = 1e-6) -> None:
+    def __init__(
+        self,
+        n_components: int,
+        n_features: int,
+        n_factors: int,
+        noise_floor: float = 1e-6,
+        noise: Literal["diagonal", "isotropic"] = "diagonal",
+    ) -> None:
         super().__init__()
         if min(n_components, n_features) < 1 or n_factors < 0 or noise_floor <= 0:
             raise ValueError("an MFA needs n_components >= 1, n_features >= 1, n_factors >= 0 and noise_floor > 0")
+        if noise not in ("diagonal", "isotropic"):
+            raise ValueError(f"noise must be diagonal or isotropic, not {noise!r}")
         self.n_components, self.n_features, self.n_factors = n_components, n_features, n_factors
-        self.noise_floor = float(noise_floor)
+        self.noise_floor, self.noise = float(noise_floor), noise
+        columns = n_features if noise == "diagonal" else 1
         self.mixing_logits = nn.Parameter(torch.zeros(n_components))
         self.means = nn.Parameter(torch.zeros(n_components, n_features))
         self.factor_loadings = nn.Parameter(torch.zeros(n_components, n_features, n_factors))
-        self.log_noise_variance = nn.Parameter(torch.zeros(n_components, n_features))
+        self.log_noise_variance = nn.Parameter(torch.zeros(n_components, columns))
         self.noise_prior_count: Tensor
         self.noise_prior_variance: Tensor
         self.register_buffer("noise_prior_count", torch.zeros(()))
-        self.register_buffer("noise_prior_variance", torch.ones(n_components, n_features))
+        self.register_buffer("noise_prior_variance", torch.ones(n_components, columns))
 
     @property
     def config(self) -> dict[str, Any]:
@@ -70,6 +86,7 @@ class MFA(nn.Module):
             "n_features": self.n_features,
             "n_factors": self.n_factors,
             "noise_floor": self.noise_floor,
+            "noise": self.noise,
         }
 
     def extra_repr(self) -> str:
@@ -77,66 +94,69 @@ class MFA(nn.Module):
 
     @property
     def noise_variance(self) -> Tensor:
-        """Diagonal noise variances D, [n_components, n_features]."""
-        return self.noise_floor + self.log_noise_variance.exp()
+        """Noise variances D, [n_components, n_features] (a view of [n_components, 1] where they are isotropic)."""
+        return (self.noise_floor + self.log_noise_variance.exp()).expand_as(self.means)
 
     @property
     def mixing_coefficients(self) -> Tensor:
-        """Mixing coefficients π, [n_components]; they sum to one."""
-        return self.mixing_logits.softmax(0)
+        """Mixing coefficients π, [n_components] float64; they sum to one."""
+        return self.mixing_logits.double().softmax(0)
 
     @torch.no_grad()
     def set_components(self, mixing: Tensor, means: Tensor, factor_loadings: Tensor, noise_variance: Tensor) -> None:
-        """Sets π, μ, A and D. A has at most n_factors columns (missing ones become zero); D is held above the floor."""
+        """Sets π, μ, A and D. A has at most n_factors columns (missing ones become zero); D is held above the floor.
+
+        Isotropic noise takes the mean of each row of D.
+        """
         tiny = torch.finfo(self.mixing_logits.dtype).tiny
         self.mixing_logits.copy_(mixing.double().clamp_min(tiny).log())
         self.means.copy_(means)
         self.factor_loadings.zero_()
         self.factor_loadings[..., : factor_loadings.shape[-1]].copy_(factor_loadings)
         # Rounding may not take a variance below the floor: then log(D - floor) would not exist.
-        above = (noise_variance.double() - self.noise_floor).clamp_min(1e-3 * self.noise_floor)
+        above = (self._columns(noise_variance.double()) - self.noise_floor).clamp_min(1e-3 * self.noise_floor)
         self.log_noise_variance.copy_(above.log())
 
     @torch.no_grad()
     def set_noise_prior(self, count: float, variance: Tensor) -> None:
         """Sets the prior: `count` pseudo-samples (ν ≥ 0) of `variance` (v, broadcast to [n_components, n_features])."""
         self.noise_prior_count.fill_(count)
-        self.noise_prior_variance.copy_(variance.expand_as(self.noise_prior_variance))
+        self.noise_prior_variance.copy_(self._columns(variance).expand_as(self.noise_prior_variance))
 
-    def _precision(self, dtype: torch.dtype) -> _Precision:
+    def _columns(self, variance: Tensor) -> Tensor:
+        """Per-feature variances as this model keeps them: as they are, or their mean over the features."""
+        return variance if self.noise == "diagonal" else variance.mean(-1, keepdim=True)
+
+    def component_slices(self) -> list[slice]:
+        """Consecutive components, so many that their loadings fit into the working memory of a computation."""
+        step = max(1, _WORKING_BYTES // (8 * self.n_features * (self.n_factors + 1)))
+        return [slice(i, min(i + step, self.n_components)) for i in range(0, self.n_components, step)]
+
+    def precision(self, dtype: torch.dtype) -> Precision:
         """The factored inverse covariances, in `dtype`; what may be badly conditioned is computed in float64."""
-        noise, loadings, means = self.noise_variance.double(), self.factor_loadings.double(), self.means.double()
-        inverse = noise.reciprocal()
-        scaled = loadings * inverse.unsqueeze(-1)
-        identity = torch.eye(self.n_factors, dtype=torch.float64, device=noise.device)
-        inner = loadings.mT @ scaled + identity
-        cholesky = torch.linalg.cholesky(inner)
-        projection = torch.linalg.solve_triangular(cholesky, scaled.mT, upper=False)
         # Distances are expanded into matrix products; about the overall mean the terms that cancel are smallest.
-        origin = (self.mixing_coefficients.double() @ means).detach()
-        centred = means - origin
-        log_det = noise.log().sum(1) + 2 * cholesky.diagonal(dim1=1, dim2=2).log().sum(1)
-        constant = self.mixing_logits.double().log_softmax(0)
-        constant = constant - 0.5 * (self.n_features * math.log(2 * math.pi) + log_det)
+        origin = (self.mixing_coefficients.to(self.means.dtype) @ self.means).double().detach()
+        log_mixing = self.mixing_logits.double().log_softmax(0)
+        slices = self.component_slices()
+        parts = [[part.to(dtype) for part in self._precision(s, origin, log_mixing[s])] for s in slices]
+        columns = (column[0] if len(column) == 1 else torch.cat(column) for column in zip(*parts, strict=True))
+        return Precision(origin.to(dtype), *columns)
+
+    def _precision(self, chosen: slice, origin: Tensor, log_mixing: Tensor) -> tuple[Tensor, ...]:
+        variance = (self.noise_floor + self.log_noise_variance[chosen].exp()).double()
+        loadings, centred = self.factor_loadings[chosen].double(), self.means[chosen].double() - origin
+        inverse = variance.reciprocal()
+        scaled = loadings * inverse.unsqueeze(-1)
+        identity = torch.eye(self.n_factors, dtype=torch.float64, device=variance.device)
+        cholesky = torch.linalg.cholesky(loadings.mT @ scaled + identity)
+        projection = torch.linalg.solve_triangular(cholesky, scaled.mT, upper=False)
+        repeats = self.n_features // variance.shape[1]
+        log_det = repeats * variance.log().sum(1) + 2 * cholesky.diagonal(dim1=1, dim2=2).log().sum(1)
+        constant = log_mixing - 0.5 * (self.n_features * math.log(2 * math.pi) + log_det)
         weighted = centred * inverse
-        parts = (
-            *(origin, inverse, weighted, projection, (projection @ centred.unsqueeze(-1)).squeeze(-1)),
-            *((centred * weighted).sum(1), constant),
-        )
-        return _Precision(*(part.to(dtype) for part in parts))
+        projected = (projection @ centred.unsqueeze(-1)).squeeze(-1)
+        return inverse, weighted, projection, projected, (centred * weighted).sum(1), cholesky, constant
 
-    def _by_products(self, flat: Tensor) -> tuple[Tensor, Tensor]:
-        """Component log-densities, and the size of the terms that cancelled in them, both [batch, n_components].
-
-        Computed in the samples' dtype by matrix products over all components at once.
-        """
-        p = self._precision(flat.dtype)
-        centred = flat - p.origin
-        squares = centred.square() @ p.inverse_noise.T + p.mean_square
-        cross = 2 * (centred @ p.weighted_mean.T)
-        projected = centred @ p.projection.flatten(0, 1).T
-        projected = projected.unflatten(1, (self.n_components, self.n_factors)) - p.projected_mean
-        return p.constant - 0.5 * (squares - cross - projected.square().sum(-1)), squares
 
     def component_log_prob(self, x: Tensor) -> Tensor:
         """log π_k + log N(x; μ_k, A_k A_kᵀ + D_k) in nats, [batch, n_components], for x [batch, ...].
@@ -151,16 +171,15 @@ class MFA(nn.Module):
         flat = x.flatten(1).to(self.means.dtype)
         if flat.shape[1] != self.n_features:
             raise ValueError(f"samples have {flat.shape[1]} features, the model has {self.n_features}")
-        joint, squares = self._by_products(flat)
+        joint, error = log_joint_by_products(flat, self.precision(flat.dtype))
         if joint.dtype == torch.float64:
             return joint
         with torch.no_grad():
-            error = 8 * torch.finfo(joint.dtype).eps * squares
-            likely = joint + error > (joint - error).amax(1, keepdim=True) - 20
-            rows = (likely & ~(error <= 2e-5 * joint.abs())).any(1).nonzero().squeeze(1)
+            rows = (may_matter(joint, error) & ~(error <= 2e-5 * joint.abs())).any(1).nonzero().squeeze(1)
         if not len(rows):
             return joint
-        return joint.index_put((rows,), self._by_products(flat[rows].double())[0].to(joint.dtype))
+        exact, _ = log_joint_by_products(flat[rows].double(), self.precision(torch.float64))
+        return joint.index_put((rows,), exact.to(joint.dtype))
 
     def log_prob(self, x: Tensor) -> Tensor:
         """log p(x) in nats, [batch], for x [batch, ...]."""
@@ -171,7 +190,10 @@ class MFA(nn.Module):
         return self.component_log_prob(x).softmax(1)
 
     def log_prior(self) -> Tensor:
-        """Log-density of the noise variances under their prior, up to a constant: -ν/2 Σ (log D + v / D), in nats."""
+        """Log-density of the noise variances under their prior, up to a constant: -ν/2 Σ (log D + v / D), in nats.
+
+        The sum is over components and features, for isotropic noise too: there each feature has the same D and v.
+        """
         noise = self.noise_variance
         return -0.5 * self.noise_prior_count * (noise.log() + self.noise_prior_variance / noise).sum()
 
@@ -183,7 +205,7 @@ class MFA(nn.Module):
     def sample(self, n: int, generator: torch.Generator | None = None, *, noise: bool = True) -> Tensor:
         """Draws n samples [n, n_features]; without `noise` they lie on the components' subspaces (μ + A z)."""
         device = self.means.device
-        component = torch.multinomial(self.mixing_coefficients.double(), n, replacement=True, generator=generator)
+        component = torch.multinomial(self.mixing_coefficients, n, replacement=True, generator=generator)
         z = torch.randn(n, self.n_factors, generator=generator, dtype=self.means.dtype, device=device)
         out = self.means[component]
         if noise:
@@ -196,6 +218,27 @@ class MFA(nn.Module):
             if len(rows):
                 out[rows] += z[rows] @ self.factor_loadings[k].T
         return out
+
+
+def log_joint_by_products(flat: Tensor, p: Precision) -> tuple[Tensor, Tensor]:
+    """log π_k + log N(x; μ_k, Σ_k), and a bound of its rounding error, both [batch, n_components], in nats.
+
+    Computed in the dtype of the samples `flat` [batch, n_features] by matrix products over all components at once.
+    """
+    centred = flat - p.origin
+    squares = centred.square()
+    if p.inverse_noise.shape[1] == 1:
+        squares = squares.sum(1, keepdim=True)
+    squares = squares @ p.inverse_noise.T + p.mean_square
+    projected = centred @ p.projection.flatten(0, 1).T
+    projected = projected.unflatten(1, p.projected_mean.shape) - p.projected_mean
+    joint = p.constant - 0.5 * squares + centred @ p.weighted_mean.T + 0.5 * projected.square().sum(-1)
+    return joint, 8 * torch.finfo(flat.dtype).eps * squares
+
+
+def may_matter(joint: Tensor, error: Tensor) -> Tensor:
+    """Which components may have more than e^-20 of the likeliest one's share of a sample, given bounds of error."""
+    return joint + error > (joint - error).amax(1, keepdim=True) - 20
 
 
 MODEL = MFA
