@@ -168,6 +168,131 @@ def sample(
 
 
 @app.command()
+def score(
+    models: list[str] = typer.Argument(help="models:/NAME@ALIAS, or the --out folder of a run; one or more"),
+    data: str = typer.Option(..., "--data", help="shards, a folder of images, a .npy/.npz file, or a source"),
+    split: str = typer.Option("test", "--split", help="split of DATA, where it has splits"),
+    out: str = typer.Option(None, "--out", help="FILE.csv or FILE.npy: the value of every sample (one model)"),
+    picture: str = typer.Option(None, "--picture", help="FOLDER: log-likelihood and reconstructions by components"),
+    seed: int = typer.Option(0, "--seed", min=0, help="fixes the dequantisation"),
+    as_json: bool = typer.Option(False, "--json", help="print one JSON object and nothing else"),
+    tracking_uri: str = TRACKING,
+) -> None:
+    """Log-likelihood of samples under one or more models, in nats and bits per dimension."""
+    from cluster import questions
+    from cluster.models import open_model
+    from cluster.progress import Stages
+    from data.storage import publish
+    from eval.mixture_figures import likelihood_by_components
+
+    if out and (len(models) > 1 or Path(out).suffix not in (".csv", ".npy")):
+        raise UserError(f"--out {out}: give one model, and a file that ends in .csv or .npy")
+    table = Table("model", "components", "log-likelihood (nats)", "± s.e.", "bits/dim", "samples", box=None)
+    found, points, opened = {}, [], []
+    with Stages(quiet=as_json).stage("score", total=len(models), unit="models") as advance:
+        for done, name in enumerate(models):
+            advance(done, text=name)
+            model = open_model(name, tracking_uri)
+            summary, values, components = questions.score(model, data, split=split, seed=seed)
+            opened.append((Path(name).name, model))
+            k, bits = model.model.n_components, summary.bits_per_dimension
+            points.append((Path(name).name, k, summary.mean, summary.standard_error))
+            found[name] = {"n_components": k, **summary.to_dict()}
+            cells = (f"{summary.mean:.2f}", f"{summary.standard_error:.2f}", "–" if bits is None else f"{bits:.3f}")
+            table.add_row(name, str(k), *cells, f"{summary.n:,}")
+    if out:
+        questions.write_scores(out, values, components)
+    if picture:
+        sheets = {
+            "likelihood.png": likelihood_by_components(points),
+            "reconstructions.png": questions.reconstruction_sheet(opened, data, split=split, n=12, seed=seed),
+        }
+        for name, content in sheets.items():
+            with publish(str(Path(picture) / name)) as handle:
+                handle.write(content)
+    if as_json:
+        print(json.dumps(found))
+        return
+    out_console.print(table)
+
+
+@app.command()
+def outliers(
+    model: str = typer.Argument(help="models:/NAME@ALIAS, or the --out folder of a run"),
+    data: str = typer.Option(..., "--data", help="shards, a folder of images, a .npy/.npz file, or a source"),
+    out: str = typer.Option(..., "--out", help="folder for outliers.png and outliers.csv"),
+    n: int = typer.Option(24, "-n", min=1, max=1000, help="how many"),
+    split: str = typer.Option("test", "--split", help="split of DATA, where it has splits"),
+    seed: int = typer.Option(0, "--seed", min=0, help="fixes the dequantisation"),
+    tracking_uri: str = TRACKING,
+) -> None:
+    """Finds the least likely samples, as a picture and a CSV."""
+    from cluster import questions
+    from cluster.models import open_model
+
+    found = questions.find_outliers(open_model(model, tracking_uri), data, out, n=n, split=split, seed=seed)
+    table = Table("rank", "index", "log-likelihood", "component", "label", box=None, pad_edge=False)
+    for rank, entry in enumerate(found[:10], 1):
+        label = "–" if entry["label"] is None else str(entry["label"])
+        value = f"{entry['log_likelihood']:.2f}"
+        table.add_row(str(rank), str(entry["index"]), value, str(entry["component"]), label)
+    out_console.print(table)
+    _print_fields(picture=str(Path(out) / "outliers.png"), table=str(Path(out) / "outliers.csv"))
+
+
+@app.command()
+def inpaint(
+    model: str = typer.Argument(help="models:/NAME@ALIAS, or the --out folder of a run"),
+    data: str = typer.Option(..., "--data", help="shards, a folder of images, a .npy/.npz file, or a source"),
+    out: str = typer.Option(..., "--out", help="FILE.png for a picture, FILE.npz for the numbers"),
+    hide: str = typer.Option("centre", "--hide", help="left|right|top|bottom|centre|box:L,T,R,B|random:SHARE"),
+    n: int = typer.Option(8, "-n", min=1, max=10_000, help="random samples of DATA"),
+    draws: int = typer.Option(3, "--draws", min=0, max=100, help="completions drawn for each"),
+    split: str = typer.Option("test", "--split", help="split of DATA, where it has splits"),
+    seed: int = typer.Option(0, "--seed", min=0, help="fixes samples and draws"),
+    tracking_uri: str = TRACKING,
+) -> None:
+    """Completes hidden parts of samples: the likeliest completion, the mean one, and draws."""
+    import numpy as np
+
+    from cluster import questions
+    from cluster.models import open_model
+    from data.storage import publish
+
+    if Path(out).suffix not in (".png", ".npz"):
+        raise UserError(f"--out {out}: give a file that ends in .png or .npz")
+    opened = open_model(model, tracking_uri)
+    found = questions.complete(opened, data, hide=hide, n=n, draws=draws, split=split, seed=seed)
+    with publish(out) as handle:
+        if out.endswith(".npz"):
+            np.savez(handle, allow_pickle=False, **found)
+        else:
+            handle.write(questions.completion_sheet(found))
+    error = float(np.square(found["mean"] - found["original"])[found["hidden"]].mean())
+    _print_fields(completions=f"{len(found['original'])} samples in {out}", error=f"{error:.4g} (mean square)")
+
+
+@app.command()
+def traverse(
+    model: str = typer.Argument(help="models:/NAME@ALIAS, or the --out folder of a run"),
+    out: str = typer.Option(..., "--out", help="folder for components.png, factors.png and interpolation.gif"),
+    component: int = typer.Option(None, "--component", min=0, help="default: the largest"),
+    factors: tuple[int, int] = typer.Option((0, 1), "--factors", help="the two factors of the grid"),
+    seed: int = typer.Option(0, "--seed", min=0, help="fixes the walk of the animation"),
+    tracking_uri: str = TRACKING,
+) -> None:
+    """Shows what a mixture has learnt: components, a grid over two factors, and an animated walk."""
+    from cluster import questions
+    from cluster.models import open_model
+
+    written = questions.traverse(
+        open_model(model, tracking_uri), out, component=component, factors=factors, seed=seed
+    )
+    for name in written:
+        out_console.print(str(Path(out) / name), highlight=False, markup=False)
+
+
+@app.command()
 def evaluate(
     samples: str = typer.Argument(help="shards, a folder of images, a .npy/.npz file, models:/NAME@ALIAS or a run"),
     reference: str = typer.Option(..., "--reference", help="the data to cover, in the same forms"),

@@ -32,11 +32,16 @@ class LocalModel:
         samples = self.model.sample(n, torch.Generator().manual_seed(seed)).numpy()
         return np.asarray(samples).reshape(n, *self.data["shape"])
 
-    def log_prob(self, x: np.ndarray) -> np.ndarray:
-        """log p(x) in nats, [n]."""
+    def component_log_prob(self, x: np.ndarray) -> np.ndarray:
+        """log π_k p(x | k) in nats, [n, n_components]."""
         flat = torch.from_numpy(np.ascontiguousarray(x, np.float32)).flatten(1)
         with torch.inference_mode():
-            return torch.cat([self.model.log_prob(part) for part in flat.split(self.batch)]).double().numpy()
+            parts = [self.model.component_log_prob(part) for part in flat.split(self.batch)]
+        return torch.cat(parts).double().numpy()
+
+    def log_prob(self, x: np.ndarray) -> np.ndarray:
+        """log p(x) in nats, [n]."""
+        return np.logaddexp.reduce(self.component_log_prob(x), axis=1)
 
 
 def model_folder(place: str) -> str | None:

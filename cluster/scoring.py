@@ -30,7 +30,7 @@ def load_or_draw(
     levels = model.data.get("levels")
     x = quantise(model.sample(n, seed), levels)
     scale = "as drawn" if levels is None else f"drawn, put back on {levels} levels / {levels - 1}"
-    return Samples(x, None, place, hashlib.sha256(x.tobytes()).hexdigest(), scale)
+    return Samples(x, None, place, hashlib.sha256(x.tobytes()).hexdigest(), scale, levels)
 
 
 def score_samples(

@@ -32,6 +32,7 @@ class Samples:
         name: of the data set or file.
         fingerprint: SHA-256 of shape, dtype, levels and the stored values.
         scale: how `x` was made of the stored values, in words.
+        levels: number of values of a pixel; None for real numbers.
     """
 
     x: np.ndarray
@@ -39,6 +40,7 @@ class Samples:
     name: str
     fingerprint: str
     scale: str
+    levels: int | None = None
 
 
 def load_samples(
@@ -158,7 +160,7 @@ def _samples(x: np.ndarray, labels: np.ndarray | None, name: str, levels: int | 
     for row in _pieces(x):
         digest.update(np.ascontiguousarray(row).data)
     words = f"{x.dtype} / {levels - 1}" if levels else "float32 as stored"
-    return Samples(scale(x, levels), labels, name, digest.hexdigest(), words)
+    return Samples(scale(x, levels), labels, name, digest.hexdigest(), words, levels)
 
 
 def _pieces(x: np.ndarray) -> Iterator[np.ndarray]:

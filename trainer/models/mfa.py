@@ -189,6 +189,41 @@ class MFA(nn.Module):
         """Posterior probabilities p(k | x), [batch, n_components]."""
         return self.component_log_prob(x).softmax(1)
 
+    def map_component(self, x: Tensor) -> Tensor:
+        """The most probable component of each sample, argmax_k p(k | x), [batch] int64."""
+        return self.component_log_prob(x).argmax(1)
+
+    def latent_posterior(self, x: Tensor, component: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Posterior of the factors, p(z | x, k): means [batch, n_factors], covariances [batch, n_factors, n_factors].
+
+        Mean (I + Aᵀ D⁻¹ A)⁻¹ Aᵀ D⁻¹ (x - μ) and covariance (I + Aᵀ D⁻¹ A)⁻¹ of `component` [batch], by default each
+        sample's most probable one.
+        """
+        flat = x.flatten(1).to(self.means.dtype)
+        component = self.map_component(x) if component is None else component
+        mean = flat.new_zeros(len(flat), self.n_factors)
+        covariance = flat.new_zeros(len(flat), self.n_factors, self.n_factors)
+        p = self.precision(flat.dtype)
+        for k in component.unique().tolist():
+            rows = component == k
+            u = (flat[rows] - self.means[k]) @ p.projection[k].T
+            mean[rows] = torch.linalg.solve_triangular(p.cholesky[k].T, u.T, upper=True).T
+            covariance[rows] = torch.cholesky_inverse(p.cholesky[k])
+        return mean, covariance
+
+    def decode(self, z: Tensor, component: Tensor) -> Tensor:
+        """μ + A z of each sample's component, [batch, n_features], for factors z [batch, n_factors]."""
+        out = self.means[component]
+        for k in component.unique().tolist():
+            rows = component == k
+            out[rows] = out[rows] + z[rows] @ self.factor_loadings[k].T
+        return out
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """μ + A E[z | x] of the most probable component, [batch, n_features]: the sample without its noise."""
+        component = self.map_component(x)
+        return self.decode(self.latent_posterior(x, component)[0], component)
+
     def log_prior(self) -> Tensor:
         """Log-density of the noise variances under their prior, up to a constant: -ν/2 Σ (log D + v / D), in nats.
 

@@ -1,0 +1,320 @@
+"""What a trained mixture can be asked: likelihoods, outliers, completions, and a walk through its components."""
+
+from __future__ import annotations
+
+import csv
+import heapq
+import io
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cluster.models import LocalModel
+from data import storage
+from data.errors import UserError
+from data.manifest import MANIFEST, load_manifest
+from data.pixels import dequantise
+from data.samples import Samples, load_samples
+from data.stream import read_blocks
+from eval import figures, mixture_figures
+from eval.canvas import is_image
+from eval.likelihood import LogLikelihood, summarise
+from trainer.models.inpainting import inpaint
+
+_NOISE = 11  # first word of the key of dequantisation, apart from those of training
+_BLOCK = 1000
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Samples in the model's space, `x` [n, *shape] float32; their places in the whole, and labels where known."""
+
+    x: np.ndarray
+    index: np.ndarray
+    label: np.ndarray | None
+
+
+def samples_for(model: LocalModel, place: str, *, split: str, seed: int, grey: bool | None = None) -> Iterator[Asked]:
+    """The samples at a place, block by block, on the scale that the model is a density of.
+
+    A pack is streamed; everything else (see `load_samples`) is loaded whole.
+
+    Raises:
+        UserError: nothing usable there, samples of another shape or with another number of levels.
+    """
+    levels, shape = model.data["levels"], tuple(model.data["shape"])
+    found = storage.check_url(place) if _may_be_folder(place) else None
+    if found is not None and storage.exists(storage.join(found, MANIFEST)):
+        manifest = load_manifest(found)
+        _check(place, tuple(manifest.shape), shape, manifest.levels, levels)
+        for block in read_blocks(manifest, split, dequantise_seed=None if levels is None else seed):
+            yield Asked(block["x"], block["index"], block.get("label"))
+        return
+    side = shape[0] if is_image(shape) and shape[0] == shape[1] else None
+    loaded = load_samples(place, split=split, size=side, grey=grey)
+    _check(place, loaded.x.shape[1:], shape, loaded.levels, levels)
+    for start in range(0, len(loaded.x), _BLOCK):
+        rows = slice(start, start + _BLOCK)
+        x = _in_model_space(loaded, rows, levels, seed)
+        index = np.arange(start, start + len(x), dtype=np.int64)
+        yield Asked(x, index, None if loaded.labels is None else loaded.labels[rows])
+
+
+def _may_be_folder(place: str) -> bool:
+    return place != "digits" and place.partition(":")[0] not in ("mnist", "images", "array")
+
+
+def _in_model_space(samples: Samples, rows: slice, levels: int | None, seed: int) -> np.ndarray:
+    x = samples.x[rows]
+    if levels is None:
+        return x
+    pixels = np.rint(x * (levels - 1)).astype(np.uint16)
+    return dequantise(pixels, levels, [_NOISE, seed, rows.start])
+
+
+def _check(
+    place: str, found: tuple[int, ...], shape: tuple[int, ...], found_levels: int | None, levels: int | None
+) -> None:
+    if found != shape:
+        raise UserError(f"{place}: samples of shape {list(found)}, the model was trained on {list(shape)}")
+    if levels is not None and found_levels != levels:
+        kind = "real numbers" if found_levels is None else f"pixels of {found_levels} levels"
+        raise UserError(f"{place}: {kind}, the model is a density of pixels of {levels} levels: give such images")
+
+
+def score(
+    model: LocalModel, place: str, *, split: str = "test", seed: int = 0, grey: bool | None = None
+) -> tuple[LogLikelihood, np.ndarray, np.ndarray]:
+    """The log-likelihood of all samples at a place: summary, values [n] in nats, most probable components [n].
+
+    Raises:
+        UserError: see `samples_for`; or fewer than two samples.
+    """
+    values, components = [], []
+    for block in samples_for(model, place, split=split, seed=seed, grey=grey):
+        joint = model.component_log_prob(block.x)
+        values.append(np.logaddexp.reduce(joint, axis=1))
+        components.append(joint.argmax(1))
+    log_probs = np.concatenate(values)
+    levels = model.data["levels"]
+    dimensions = None if levels is None else math.prod(model.data["shape"])
+    return summarise(log_probs, n_dimensions=dimensions, levels=levels or 256), log_probs, np.concatenate(components)
+
+
+def write_scores(path: str, log_probs: np.ndarray, components: np.ndarray) -> None:
+    """One line per sample: index, log-likelihood in nats, most probable component; CSV, or .npy of the values."""
+    if path.endswith(".npy"):
+        with storage.publish(path) as handle:
+            np.save(handle, log_probs, allow_pickle=False)
+        return
+    rows = ((i, f"{value:.6g}", k) for i, (value, k) in enumerate(zip(log_probs, components, strict=True)))
+    _write_csv(path, ("index", "log_likelihood", "component"), rows)
+
+
+def find_outliers(
+    model: LocalModel, place: str, folder: str, *, n: int = 24, split: str = "test", seed: int = 0,
+    grey: bool | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """The n least likely samples at a place, as `outliers.png` and `outliers.csv` in a folder; constant memory.
+
+    Raises:
+        UserError: see `samples_for`.
+    """
+    worst: list[tuple[float, int, dict[str, Any], np.ndarray]] = []  # a heap, its top the likeliest of the worst
+    for block in samples_for(model, place, split=split, seed=seed, grey=grey):
+        joint = model.component_log_prob(block.x)
+        log_probs = np.logaddexp.reduce(joint, axis=1)
+        for row in np.argsort(log_probs)[:n]:
+            value, index = float(log_probs[row]), int(block.index[row])
+            label = None if block.label is None else int(block.label[row])
+            found = {"index": index, "log_likelihood": value, "component": int(joint[row].argmax()), "label": label}
+            item = (-value, -index, found, block.x[row])
+            if len(worst) < n:
+                heapq.heappush(worst, item)
+            elif item[:2] > worst[0][:2]:
+                heapq.heapreplace(worst, item)
+            else:
+                break
+    worst.sort(key=lambda item: item[:2], reverse=True)
+    entries = [item[2] for item in worst]
+    columns = ("rank", "index", "log_likelihood", "component", "label")
+    rows = ([rank, *(entry[c] for c in columns[1:])] for rank, entry in enumerate(entries, 1))
+    _write_csv(str(Path(folder) / "outliers.csv"), columns, rows)
+    picture = mixture_figures.outlier_sheet(
+        np.stack([item[3] for item in worst]), np.array([e["log_likelihood"] for e in entries])
+    )
+    _write(str(Path(folder) / "outliers.png"), picture)
+    return entries
+
+
+def hidden_mask(hide: str, shape: tuple[int, ...], n: int, seed: int) -> np.ndarray:
+    """Which features are hidden, [n, *shape] bool.
+
+    Args:
+        hide: left, right, top, bottom, centre (of images), box:LEFT,TOP,RIGHT,BOTTOM in pixels, or random:SHARE,
+            which hides another share of each sample's pixels.
+        shape: of a sample.
+        n: number of samples.
+        seed: for random.
+
+    Raises:
+        UserError: anything else.
+    """
+    kind, _, detail = hide.partition(":")
+    mask = np.zeros((n, *shape), bool)
+    if kind == "random":
+        share = _number(hide, detail or "0.5")
+        places = shape[:2] if is_image(shape) else shape  # all channels of a pixel together
+        chosen = np.random.default_rng([_NOISE, seed]).random((n, *places)) < share
+        return mask | chosen.reshape(n, *places, *[1] * (len(shape) - len(places)))
+    if not is_image(shape):
+        raise UserError(f"--hide {hide}: samples of shape {list(shape)} are no images: use random:SHARE")
+    height, width = shape[:2]
+    boxes = {
+        "left": (0, 0, width // 2, height),
+        "right": (width // 2, 0, width, height),
+        "top": (0, 0, width, height // 2),
+        "bottom": (0, height // 2, width, height),
+        "centre": (width // 4, height // 4, width - width // 4, height - height // 4),
+    }
+    if kind == "box":
+        numbers = [int(_number(hide, part)) for part in detail.split(",")]
+        left, top, right, bottom = numbers if len(numbers) == 4 else (0, 0, 0, 0)
+        if not (0 <= left < right <= width and 0 <= top < bottom <= height):
+            raise UserError(f"--hide {hide}: no box in images of {width}x{height}: give box:LEFT,TOP,RIGHT,BOTTOM")
+    elif kind in boxes and not detail:
+        left, top, right, bottom = boxes[kind]
+    else:
+        raise UserError(f"--hide {hide}: choose left, right, top, bottom, centre, box:L,T,R,B or random:SHARE")
+    mask[:, top:bottom, left:right] = True
+    return mask
+
+
+def _number(hide: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise UserError(f"--hide {hide}: {text!r} is not a number") from error
+
+
+def complete(
+    model: LocalModel,
+    place: str,
+    *,
+    hide: str = "centre",
+    n: int = 8,
+    draws: int = 3,
+    split: str = "test",
+    seed: int = 0,
+    grey: bool | None = None,
+) -> dict[str, np.ndarray]:
+    """In-paints n random samples of a place: `original`, `hidden` [n, *shape], and completions of that shape.
+
+    Completions: `map` (mean in the most probable component), `mean` (of the whole mixture), `draw 1` and so on.
+
+    Raises:
+        UserError: see `samples_for` and `hidden_mask`.
+    """
+    # Reservoir sampling of n samples in one pass.
+    rng, seen = np.random.default_rng([_NOISE, seed, 1]), 0
+    kept: list[np.ndarray] = []
+    for block in samples_for(model, place, split=split, seed=seed, grey=grey):
+        for x in block.x:
+            seen += 1
+            if len(kept) < n:
+                kept.append(x)
+            elif (slot := int(rng.integers(seen))) < n:
+                kept[slot] = x
+    original = np.stack(kept)
+    hidden = hidden_mask(hide, original.shape[1:], len(original), seed)
+    x, observed = torch.from_numpy(original), torch.from_numpy(~hidden)
+    generator = torch.Generator().manual_seed(seed)
+    out = {"original": original, "hidden": hidden}
+    out["map"] = inpaint(model.model, x, observed, mode="map").numpy()
+    out["mean"] = inpaint(model.model, x, observed, mode="mean").numpy()
+    for i in range(draws):
+        out[f"draw {i + 1}"] = inpaint(model.model, x, observed, mode="sample", generator=generator).numpy()
+    return out
+
+
+def completion_sheet(found: dict[str, np.ndarray]) -> bytes:
+    """The picture of `complete`: originals, what is seen (the rest grey), and the completions."""
+    seen = np.where(found["hidden"], 0.5, found["original"]).astype(np.float32)
+    names = {"map": "likeliest", "mean": "mean"}
+    rows = [("original", found["original"]), ("observed", seen)]
+    rows += [(names.get(k, k), v) for k, v in found.items() if k not in ("original", "hidden")]
+    return mixture_figures.rows_of_images(rows, "Completions of what is hidden")
+
+
+def traverse(
+    model: LocalModel,
+    folder: str,
+    *,
+    component: int | None = None,
+    factors: tuple[int, int] = (0, 1),
+    frames: int = 60,
+    seed: int = 0,
+) -> list[str]:
+    """Pictures of what the mixture has learnt, written to a folder; returns their names.
+
+    `components.png`: means, noise and factors of the largest components. For images also `factors.png`, a grid over
+    two factors of one component (by default the largest), and `interpolation.gif`, a closed walk of its factors z
+    through points drawn from their prior.
+
+    Raises:
+        UserError: no such component or factor.
+    """
+    mixture, shape = model.model, tuple(model.data["shape"])
+    means = mixture.means.detach().numpy().reshape(-1, *shape)
+    loadings = mixture.factor_loadings.detach().numpy().reshape(len(means), *shape, -1)
+    mixing = mixture.mixing_coefficients.detach().numpy()
+    noise = mixture.noise_variance.detach().sqrt().numpy().reshape(-1, *shape)
+    k = int(mixing.argmax()) if component is None else component
+    if not 0 <= k < len(means):
+        raise UserError(f"component {k}: the model has components 0 to {len(means) - 1}")
+    for factor in factors:
+        if not 0 <= factor < max(2, mixture.n_factors):
+            raise UserError(f"factor {factor}: the model has factors 0 to {mixture.n_factors - 1}")
+    written = {"components.png": figures.components(means, noise, loadings, mixing)}
+    if is_image(shape) and mixture.n_factors >= 2:
+        i, j = factors
+        written["factors.png"] = mixture_figures.factor_grid(means[k], loadings[k][..., i], loadings[k][..., j])
+        stops = np.random.default_rng([_NOISE, seed, 2]).standard_normal((4, mixture.n_factors))
+        t = np.arange(frames) / frames * len(stops)
+        low, part = t.astype(int), (t % 1)[:, None]
+        ease = (1 - np.cos(np.pi * part)) / 2
+        z = (1 - ease) * stops[low] + ease * stops[(low + 1) % len(stops)]
+        written["interpolation.gif"] = mixture_figures.animation(means[k] + np.moveaxis(loadings[k] @ z.T, -1, 0))
+    for name, picture in written.items():
+        _write(str(Path(folder) / name), picture)
+    return list(written)
+
+
+def reconstruction_sheet(models: list[tuple[str, LocalModel]], place: str, *, split: str, n: int, seed: int) -> bytes:
+    """The first n samples of a place, and what each model makes of them without their noise."""
+    first = next(samples_for(models[0][1], place, split=split, seed=seed)).x[:n]
+    x = torch.from_numpy(first)
+    rows = [("original", first)]
+    with torch.inference_mode():
+        for name, model in sorted(models, key=lambda entry: entry[1].model.n_components):
+            rebuilt = model.model.reconstruct(x).numpy().reshape(first.shape)
+            rows.append((f"{name}\nK = {model.model.n_components}", rebuilt))
+    return mixture_figures.rows_of_images(rows, "Reconstructions by the most probable component")
+
+
+def _write(path: str, content: bytes) -> None:
+    with storage.publish(path) as handle:
+        handle.write(content)
+
+
+def _write_csv(path: str, columns: tuple[str, ...], rows: Any) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(["" if value is None else value for value in row] for row in rows)
+    storage.write_text(path, text.getvalue())
