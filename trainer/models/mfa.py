@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 # Working memory of what is computed component by component (in float64).
 _WORKING_BYTES = 256 << 20
+_CACHED_BYTES = 4 << 20
 
 
 class Precision(NamedTuple):
@@ -162,8 +163,8 @@ class MFA(nn.Module):
         """log π_k + log N(x; μ_k, A_k A_kᵀ + D_k) in nats, [batch, n_components], for x [batch, ...].
 
         By the Woodbury identity the Mahalanobis distance is (x-μ)ᵀ D⁻¹ (x-μ) - |L⁻¹ Aᵀ D⁻¹ (x-μ)|². Both terms can
-        exceed their difference by orders of magnitude: samples for which float32 has lost more than 2e-5 of a
-        likely component's value are computed again in float64.
+        exceed their difference by orders of magnitude: samples for which float32 may have lost more than 2e-5 of a
+        likely component's value (and 0.01 nats) are computed again in float64.
 
         Raises:
             ValueError: x does not have n_features values per sample.
@@ -171,11 +172,15 @@ class MFA(nn.Module):
         flat = x.flatten(1).to(self.means.dtype)
         if flat.shape[1] != self.n_features:
             raise ValueError(f"samples have {flat.shape[1]} features, the model has {self.n_features}")
-        joint, error = log_joint_by_products(flat, self.precision(flat.dtype))
-        if joint.dtype == torch.float64:
-            return joint
-        with torch.no_grad():
-            rows = (may_matter(joint, error) & ~(error <= 2e-5 * joint.abs())).any(1).nonzero().squeeze(1)
+        p = self.precision(flat.dtype)
+        if torch.is_grad_enabled():
+            joint, inexact = _joint_and_inexact(flat, p)
+        else:  # in pieces whose products stay in the processor's cache
+            width = self.n_features + self.n_components * self.n_factors
+            step = max(256, _CACHED_BYTES // (flat.element_size() * width))
+            parts = [_joint_and_inexact(part, p) for part in flat.split(step)]
+            joint, inexact = (torch.cat(column) for column in zip(*parts, strict=True))
+        rows = inexact.nonzero().squeeze(1)
         if not len(rows):
             return joint
         exact, _ = log_joint_by_products(flat[rows].double(), self.precision(torch.float64))
@@ -268,7 +273,17 @@ def log_joint_by_products(flat: Tensor, p: Precision) -> tuple[Tensor, Tensor]:
     projected = centred @ p.projection.flatten(0, 1).T
     projected = projected.unflatten(1, p.projected_mean.shape) - p.projected_mean
     joint = p.constant - 0.5 * squares + centred @ p.weighted_mean.T + 0.5 * projected.square().sum(-1)
-    return joint, 8 * torch.finfo(flat.dtype).eps * squares
+    return joint, 4 * torch.finfo(flat.dtype).eps * squares
+
+
+def _joint_and_inexact(flat: Tensor, p: Precision) -> tuple[Tensor, Tensor]:
+    """`log_joint_by_products`, and for which samples [batch] it may not be exact enough."""
+    joint, error = log_joint_by_products(flat, p)
+    if joint.dtype == torch.float64:
+        return joint, joint.new_zeros(len(joint), dtype=torch.bool)
+    with torch.no_grad():
+        tolerance = (2e-5 * joint.abs()).clamp_min(0.01)
+        return joint, (may_matter(joint, error) & ~(error <= tolerance)).any(1)
 
 
 def may_matter(joint: Tensor, error: Tensor) -> Tensor:
