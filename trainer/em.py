@@ -27,7 +27,7 @@ from trainer.settings import EMSettings
 # Samples that are held at once; and the products over all components, which should stay in the processor's cache.
 _BLOCK_BYTES, _PRODUCT_BYTES = 32 << 20, 8 << 20
 # Pairs of a sample and a component that are held at once.
-_PAIR_BYTES = 128 << 20
+_PAIR_BYTES = 64 << 20
 
 Blocks = Iterable[Tensor]
 """Samples [n, ...] of one rank, in blocks of any size."""
@@ -144,21 +144,23 @@ def expectation(model: MFA, precision: Precision, blocks: Blocks, features: Tens
     statistics = Statistics.zeros(model)
     screen = precision if features is None else _marginal(model, features)
     rows = max(1, _BLOCK_BYTES // (model.means.element_size() * model.n_features))
+    # Kept from block to block: freed and taken anew in other sizes, memory would fragment and grow.
+    pairs = max(model.n_components, _PAIR_BYTES // (model.means.element_size() * model.n_features))
+    work = model.means.new_empty(1 if model.noise == "isotropic" else 2, pairs, model.n_features)
     for block in _regroup(blocks, rows):
         x = block.flatten(1).to(model.means.device, model.means.dtype, non_blocking=True)
         if x.shape[1] != model.n_features:
             raise ValueError(f"samples have {x.shape[1]} features, the model has {model.n_features}")
-        for part in _candidates(x, screen, features):
-            _accumulate(model, precision, x, part, statistics)
+        for part in _candidates(x, screen, features, pairs):
+            _accumulate(model, precision, x, part, statistics, work)
         statistics.totals[1] += len(x)
     return statistics
 
 
-def _candidates(x: Tensor, screen: Precision, features: Tensor | None) -> Iterator[Tensor]:
-    """Pairs (row, component) that matter, [n_pairs, 2], as many at once as memory is set aside for."""
+def _candidates(x: Tensor, screen: Precision, features: Tensor | None, limit: int) -> Iterator[Tensor]:
+    """Pairs (row, component) that matter, [n_pairs, 2], at most `limit` at once, those of a row together."""
     n_components, n_factors = screen.projected_mean.shape
     step = max(64, _PRODUCT_BYTES // (x.element_size() * n_components * (n_factors + 3)))
-    limit = max(1, _PAIR_BYTES // (x.element_size() * x.shape[1]))
     held: list[Tensor] = []
     n_held = 0
     for start in range(0, len(x), step):
@@ -177,7 +179,6 @@ def _candidates(x: Tensor, screen: Precision, features: Tensor | None) -> Iterat
             if cut > limit:
                 first = int(pairs[limit, 0])
                 cut = int(torch.searchsorted(pairs[:, 0].contiguous(), first))
-                cut = cut or int(torch.searchsorted(pairs[:, 0].contiguous(), first, right=True))
             held.append(pairs[:cut])
             n_held += cut
             pairs = pairs[cut:]
@@ -185,26 +186,27 @@ def _candidates(x: Tensor, screen: Precision, features: Tensor | None) -> Iterat
         yield torch.cat(held)
 
 
-def _accumulate(model: MFA, p: Precision, x: Tensor, pairs: Tensor, statistics: Statistics) -> None:
+def _accumulate(
+    model: MFA, p: Precision, x: Tensor, pairs: Tensor, statistics: Statistics, work: Tensor
+) -> None:
     """Adds the samples of these pairs to the statistics: every pair is evaluated about its component's own mean."""
-    # By component: one gather and three products each.
     pairs = pairs[pairs[:, 1].argsort(stable=True)]
-    rows = pairs[:, 0]
-    components, counts = pairs[:, 1].unique_consecutive(return_counts=True)
-    groups = list(zip(components.tolist(), rows.split(counts.tolist()), strict=True))
-    isotropic = p.inverse_noise.shape[1] == 1
-    held, joints = [], []
-    for k, members in groups:
-        centred = x[members] - model.means[k]
-        u = centred @ p.projection[k].T
-        if isotropic:
-            squares = torch.linalg.vecdot(centred, centred).unsqueeze(1)
-        else:
-            squares = centred.square()
-        distance = squares @ p.inverse_noise[k] - u.square().sum(1)
-        joints.append(p.constant[k] - 0.5 * distance)
-        held.append((centred, u, squares))
-    joint = torch.cat(joints).double()
+    rows, of = pairs[:, 0], pairs[:, 1]
+    components, counts = of.unique_consecutive(return_counts=True)
+    ends = counts.cumsum(0).tolist()
+    groups = [(k, slice(end - n, end)) for k, end, n in zip(components.tolist(), ends, counts.tolist(), strict=True)]
+    centred = torch.index_select(x, 0, rows, out=work[0, : len(rows)])
+    u = x.new_empty(len(rows), model.n_factors)
+    for k, group in groups:
+        centred[group] -= model.means[k]
+        torch.matmul(centred[group], p.projection[k].T, out=u[group])
+    if model.noise == "isotropic":
+        squares = torch.linalg.vecdot(centred, centred).unsqueeze(1)
+        distance = squares.squeeze(1) * p.inverse_noise[of, 0]
+    else:
+        squares = torch.mul(centred, centred, out=work[1, : len(rows)])
+        distance = torch.cat([squares[group] @ p.inverse_noise[k] for k, group in groups])
+    joint = (p.constant[of] - 0.5 * (distance - u.square().sum(1))).double()
     top = joint.new_full((len(x),), -torch.inf).scatter_reduce_(0, rows, joint, "amax")
     weight = (joint - top[rows]).exp()
     total = torch.zeros_like(top).index_add_(0, rows, weight)
@@ -212,13 +214,13 @@ def _accumulate(model: MFA, p: Precision, x: Tensor, pairs: Tensor, statistics: 
     statistics.totals[0] += (top[seen] + total[seen].log()).sum()
     statistics.totals[2] += seen.sum()
     responsibilities = weight / total[rows]
-    statistics.mass.index_add_(0, pairs[:, 1], responsibilities)
-    for (k, _), (centred, u, squares), r in zip(
-        groups, held, responsibilities.to(x.dtype).split(counts.tolist()), strict=True
-    ):
-        statistics.first[k] += r @ centred
-        statistics.second[k] += r @ squares
-        statistics.cross[k].addmm_((u * r.unsqueeze(1)).T, centred)
+    statistics.mass.index_add_(0, of, responsibilities)
+    r = responsibilities.to(x.dtype)
+    u *= r.unsqueeze(1)
+    for k, group in groups:
+        statistics.first[k].addmv_(centred[group].T, r[group])
+        statistics.second[k].addmv_(squares[group].T, r[group])
+        statistics.cross[k].addmm_(u[group].T, centred[group])
 
 
 @torch.no_grad()
