@@ -55,7 +55,7 @@ def recipes(name: str = typer.Argument(None, help="show this recipe with all of 
 
 @app.command()
 def pack(
-    source: str = typer.Argument(help="digits, mnist:FOLDER, images:FOLDER or array:FILE.npy|npz"),
+    source: str = typer.Argument(help="digits, mnist:FOLDER, svhn:FOLDER, images:FOLDER or array:FILE.npy|npz"),
     dest: str = typer.Argument(help="folder or URL for the shards and their manifest"),
     set_: list[str] = typer.Option(None, "--set", metavar="KEY=VALUE", help="option of the source, as size=64"),
     replace: bool = typer.Option(False, "--replace", help="replace a pack of something else that is in DEST"),

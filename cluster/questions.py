@@ -66,7 +66,7 @@ def samples_for(model: LocalModel, place: str, *, split: str, seed: int, grey: b
 
 
 def _may_be_folder(place: str) -> bool:
-    return place != "digits" and place.partition(":")[0] not in ("mnist", "images", "array")
+    return place != "digits" and place.partition(":")[0] not in ("mnist", "svhn", "images", "array")
 
 
 def _in_model_space(samples: Samples, rows: slice, levels: int | None, seed: int) -> np.ndarray:

@@ -30,7 +30,7 @@ class DataSettings(Settings):
     """Where the samples come from."""
 
     source: str | None = Field(
-        None, description="digits, mnist:FOLDER, images:FOLDER or array:FILE.npy|npz; null takes the pack in `shards`"
+        None, description="digits, mnist:F, svhn:F, images:F (a folder), or array:FILE.npy|npz; null takes `shards`"
     )
     shards: str | None = Field(None, description="folder or URL of the packed shards; null puts them below --out")
     rows_per_block: int = Field(1000, ge=1, description="rows in one tar member; fewer where rows are large")

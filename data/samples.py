@@ -66,7 +66,7 @@ def load_samples(
     Raises:
         UserError: nothing of that kind there, damaged data, or images of different shapes.
     """
-    if spec == "digits" or spec.partition(":")[0] in ("mnist", "images", "array"):
+    if spec == "digits" or spec.partition(":")[0] in ("mnist", "svhn", "images", "array"):
         options = SourceOptions(size=size, crop=crop, grey=grey, shuffle=False)
         return _from_source(open_source(spec, options), split, max_samples, seed)
     url = storage.check_url(spec)

@@ -19,7 +19,7 @@ from data import images
 from data.errors import UserError, io_error
 from data.storage import local_folder
 
-SPECS = "digits, mnist:FOLDER, images:FOLDER, array:FILE.npy, array:FILE.npz"
+SPECS = "digits, mnist:FOLDER, svhn:FOLDER, images:FOLDER, array:FILE.npy, array:FILE.npz"
 
 
 class SourceOptions(BaseModel):
@@ -91,6 +91,7 @@ def open_source(spec: str, options: SourceOptions | None = None) -> Source:
 
     Args:
         spec: `digits` (8x8 images of scikit-learn, 17 levels), `mnist:FOLDER` (IDX files, gzipped or not),
+            `svhn:FOLDER` (train_32x32.mat and test_32x32.mat, the format of Street View House Numbers),
             `images:FOLDER` (a tree of PNG and JPEG files; the folder that an image lies in is its class; folders
             `train`, `test` and `validation` at the top are splits), or `array:FILE` (.npy, or .npz with `x` and
             perhaps `y`, `label` or `labels`).
@@ -101,7 +102,7 @@ def open_source(spec: str, options: SourceOptions | None = None) -> Source:
     """
     options = options or SourceOptions()
     kind, _, place = spec.partition(":")
-    openers = {"mnist": _open_mnist, "images": _open_images, "array": _open_array}
+    openers = {"mnist": _open_mnist, "svhn": _open_svhn, "images": _open_images, "array": _open_array}
     if spec == "digits":
         source = _open_digits(options)
     elif kind in openers and place:
@@ -159,6 +160,28 @@ def _open_mnist(spec: str, place: str, options: SourceOptions) -> Source:
         given[split] = _whole(x, labels)
     stamp = _stamp(sorted(folder.glob("*-ubyte*")))
     return Source("mnist", spec, x.shape[1:], "uint8", 256, tuple("0123456789"), _divide(given, options), stamp=stamp)
+
+
+def _open_svhn(spec: str, place: str, options: SourceOptions) -> Source:
+    from scipy.io import loadmat  # only this source pays for the import
+
+    folder = local_folder(place)
+    given, files = {}, []
+    for split in ("train", "test"):
+        path = folder / f"{split}_32x32.mat"
+        if not path.is_file():
+            raise UserError(f"{folder}: no file {path.name}: name the folder of train_32x32.mat and test_32x32.mat")
+        try:
+            content = loadmat(path, variable_names=["X", "y"])
+            x, labels = np.moveaxis(content["X"], 3, 0), content["y"].reshape(-1) % 10  # a zero is labelled 10
+        except Exception as error:  # scipy raises whatever a damaged file makes it stumble over
+            raise UserError(f"{path}: truncated, or not a MATLAB file with X and y: fetch it again") from error
+        if x.dtype != np.uint8 or x.shape[1:] != (32, 32, 3) or len(x) != len(labels) or not len(x):
+            raise UserError(f"{path}: X is {x.dtype} {list(x.shape)} and y has {len(labels)} labels: fetch it again")
+        given[split] = _whole(np.ascontiguousarray(x), labels.astype(np.int64))
+        files.append(path)
+    names = tuple("0123456789")
+    return Source("svhn", spec, (32, 32, 3), "uint8", 256, names, _divide(given, options), stamp=_stamp(files))
 
 
 def _stamp(files: Iterable[Path]) -> str:
