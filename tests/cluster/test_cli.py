@@ -3,6 +3,7 @@
 import errno
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ from PIL import Image
 
 from cluster import cli
 from data import storage
+from data.manifest import Manifest, Origin, SplitRecord, save_manifest
+from data.shards import write_shard
 
 
 @pytest.fixture
@@ -33,7 +36,7 @@ def call(monkeypatch, capfd, tmp_path):
 
 def refuses(result, *parts):
     code, _, err = result
-    lines = [line for line in err.splitlines() if "━" not in line and line.strip()]
+    lines = [line for line in err.splitlines() if "━" not in line and "-:--:--" not in line and line.strip()]
     assert code == 2, err
     assert len(lines) == 1, err
     assert lines[0].startswith("manymodes: ")
@@ -213,3 +216,99 @@ def test_internal_errors_are_told_apart(call, monkeypatch):
     assert "internal error: ZeroDivisionError" in err
     with pytest.raises(ZeroDivisionError):
         call("recipes", "--debug")
+
+
+@pytest.fixture
+def small_model(tmp_path, digits_pack):
+    """A mixture on the digits, as a run would leave it."""
+    from trainer.checkpoint import save_model
+    from trainer.initialise import initial_rows, initialise_mfa
+    from trainer.models.mfa import MFA
+    from trainer.settings import InitialisationSettings, TrainingSettings
+
+    model = MFA(5, 64, 3, 1e-5)
+    rows = initial_rows(digits_pack, TrainingSettings(), InitialisationSettings())
+    initialise_mfa(model, rows, InitialisationSettings(noise_prior_count=5), seed=0)
+    save_model(str(tmp_path / "run" / "model"), model, "mfa", digits_pack, dequantised=True)
+    return "run"
+
+
+def test_score_agrees_with_the_pack_and_writes_every_sample(call, small_model, digits_pack):
+    """A pack and its source hold the same images; their dequantisation differs, by less than a standard error."""
+    code, out, err = call("score", small_model, "--data", digits_pack.base, "--json", "--out", "values.csv")
+    assert code == 0, err
+    found = json.loads(out)["run"]
+    assert found["n"] == 359
+    lines = Path("values.csv").read_text().splitlines()
+    assert lines[0] == "index,log_likelihood,component"
+    values = [float(line.split(",")[1]) for line in lines[1:]]
+    assert np.mean(values) == pytest.approx(found["mean"], abs=1e-3)
+    code, out, err = call("score", small_model, "--data", "digits", "--json", "--picture", "pictures")
+    assert code == 0, err
+    assert json.loads(out)["run"]["mean"] == pytest.approx(found["mean"], abs=found["standard_error"])
+    assert Image.open("pictures/likelihood.png").width > 300
+    assert Image.open("pictures/reconstructions.png").width > 300
+    code, out, _ = call("score", small_model, small_model, "--data", "digits")
+    assert code == 0
+    assert "log-likelihood (nats)" in out
+
+
+def test_outliers_come_first(call, small_model):
+    """An image of noise among digits is the least likely."""
+    from sklearn.datasets import load_digits
+
+    x = load_digits().images[:50].astype(np.uint8)[..., None]
+    x[17] = np.random.default_rng(0).integers(0, 17, x[17].shape)
+    folder = "shards"
+
+    record = write_shard(f"{folder}/test-000000.tar", [{"x": x}], rows_per_block=20)
+    split = SplitRecord(samples=50, shards=[record])
+    save_manifest(
+        Manifest(name="d", shape=(8, 8, 1), dtype="uint8", levels=17, source=Origin(spec="d"), splits={"test": split}),
+        folder,
+    )
+    code, _, err = call("outliers", small_model, "--data", folder, "--out", "found", "-n", 5)
+    assert code == 0, err
+    rows = [line.split(",") for line in Path("found/outliers.csv").read_text().splitlines()]
+    assert rows[0] == ["rank", "index", "log_likelihood", "component", "label"]
+    assert rows[1][1] == "17"
+    values = [float(row[2]) for row in rows[1:]]
+    assert values == sorted(values)
+    assert len(values) == 5
+    assert Image.open("found/outliers.png").width > 300
+
+
+@pytest.mark.parametrize("hide", ["left", "centre", "box:1,2,5,6", "random:0.3"])
+def test_inpaint_fills_what_is_hidden(call, small_model, hide):
+    code, _, err = call("inpaint", small_model, "--data", "digits", "--out", "x.npz", "--hide", hide, "--draws", 2)
+    assert code == 0, err
+    found = np.load("x.npz")
+    hidden = found["hidden"]
+    assert 0.05 < hidden.mean() < 0.6
+    for name in ("map", "mean", "draw 1", "draw 2"):
+        assert np.array_equal(found[name][~hidden], found["original"][~hidden])
+        assert np.isfinite(found[name]).all()
+    # Better than the best constant.
+    error = np.square(found["mean"] - found["original"])[hidden].mean()
+    assert error < found["original"][hidden].var()
+    assert call("inpaint", small_model, "--data", "digits", "--out", "x.png", "--hide", hide)[0] == 0
+
+
+def test_traverse_draws_components_and_an_animation(call, small_model):
+    code, out, err = call("traverse", small_model, "--out", "pictures", "--component", 2, "--factors", 0, 2)
+    assert code == 0, err
+    assert Image.open("pictures/interpolation.gif").n_frames == 60
+    assert "factors.png" in out
+
+
+def test_questions_refuse_in_one_line(call, small_model, array_file):
+    refuses(call("score", "nowhere", "--data", "digits"), "no model")
+    refuses(call("score", small_model, "--data", array_file(np.zeros((9, 8, 8, 1), np.float32))), "17 levels")
+    refuses(call("score", small_model, "--data", array_file(np.zeros((9, 5), np.float32))), "shape [5]", "[8, 8, 1]")
+    refuses(call("score", small_model, "--data", "digits", "--out", "x.txt"), ".csv")
+    refuses(call("score", small_model, "--data", "digits", "--split", "dev"), "split")
+    for hide in ("middle", "box:1,2", "box:5,5,2,9", "random:x"):
+        refuses(call("inpaint", small_model, "--data", "digits", "--out", "x.png", "--hide", hide), hide)
+    refuses(call("inpaint", small_model, "--data", "digits", "--out", "x.jpg"), ".png")
+    refuses(call("traverse", small_model, "--out", "p", "--component", 5), "0 to 4")
+    refuses(call("traverse", small_model, "--out", "p", "--factors", 0, 3), "0 to 2")

@@ -182,3 +182,23 @@ def test_faulty_arrays_are_refused(tmp_path):
         open_source(f"array:{tmp_path / 'y.npz'}")
     with pytest.raises(UserError, match="check the path"):
         open_source(f"array:{tmp_path / 'missing.npy'}")
+
+
+def test_svhn_reads_matlab_files(tmp_path):
+    from scipy.io import savemat
+
+    rng = np.random.default_rng(0)
+    x = {split: rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8) for split, n in (("train", 12), ("test", 5))}
+    for split, images in x.items():
+        labels = np.arange(1, len(images) + 1)[:, None] % 11
+        savemat(tmp_path / f"{split}_32x32.mat", {"X": np.moveaxis(images, 0, 3), "y": labels})
+    source = open_source(f"svhn:{tmp_path}", SourceOptions(shuffle=False))
+    block = next(source.blocks("train", 100))
+    assert np.array_equal(block["x"], x["train"])
+    assert block["label"].tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 0, 1]
+    (tmp_path / "test_32x32.mat").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="test_32x32.mat"):
+        open_source(f"svhn:{tmp_path}", SourceOptions())
+    (tmp_path / "test_32x32.mat").unlink()
+    with pytest.raises(UserError, match="no file test_32x32.mat"):
+        open_source(f"svhn:{tmp_path}", SourceOptions())
