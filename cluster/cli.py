@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
-import signal
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -17,7 +16,8 @@ from rich.console import Console
 from rich.table import Table
 from typer.exceptions import TyperException
 
-from data.errors import UserError
+from cluster.entry import leave_interrupted, prepare
+from data.errors import UserError, io_error, one_line, printable
 
 if TYPE_CHECKING:
     from eval.report import ReportTable
@@ -30,7 +30,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     epilog="Any command takes --debug, which shows a traceback instead of a one-line error.",
 )
-out_console = Console(width=None if sys.stdout.isatty() else 140)
+# Paths and names are printed as they are: square brackets in them are no markup.
+out_console = Console(markup=False, emoji=False, width=None if sys.stdout and sys.stdout.isatty() else 140)
 _STARTED = time.perf_counter()
 
 SET = typer.Option(None, "--set", metavar="KEY=VALUE", help="change a field of the recipe, as training.steps=500")
@@ -44,7 +45,7 @@ def recipes(name: str = typer.Argument(None, help="show this recipe with all of 
     from cluster.recipe import described, load_recipe, shipped_recipes
 
     if name:
-        out_console.print(described(load_recipe(name)), markup=False, soft_wrap=True)
+        out_console.print(described(load_recipe(name)), soft_wrap=True)
         return
     table = Table("recipe", "source", "what it does", box=None, pad_edge=False)
     for known in shipped_recipes():
@@ -249,10 +250,10 @@ def main() -> None:
     """The entry point: one line and exit code 2 for what the user can mend; a traceback only with --debug."""
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _terminated)
+    prepare()
     try:
         code = app(standalone_mode=False)
+        sys.stdout.flush()
     except UserError as error:
         if debug:
             raise
@@ -263,24 +264,34 @@ def main() -> None:
             sys.exit(2)
         _leave(2, f"{message} (--help shows what is possible)")
     except (KeyboardInterrupt, typer.Abort):
-        _leave(130, "interrupted; the same command goes on where it stopped")
+        leave_interrupted()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         sys.exit(1)
+    except OSError as error:  # a full disk behind stdout, a home folder that is none: the machine's, not ours
+        if debug:
+            raise
+        _drop_output()
+        _leave(2, str(io_error(error, str(error.filename or "the output"), "use")))
+    except MemoryError as error:
+        if debug:
+            raise
+        _leave(2, f"not enough memory: {one_line(error)}; use fewer or smaller samples, or a larger machine")
     except Exception as error:
         if debug:
             raise
-        from data.errors import one_line
-
         _leave(1, f"internal error: {type(error).__name__}: {one_line(error)} (--debug shows where)")
+    if code == 130:  # what typer makes of an interruption
+        leave_interrupted()
     sys.exit(code or 0)
 
 
-def _terminated(signum: int, frame: Any) -> None:
-    """SIGTERM ends a job as Ctrl-C does: Ray and the MLflow run are closed."""
-    raise KeyboardInterrupt
+def _drop_output() -> None:
+    """What stdout still holds cannot be written: without this Python would complain about it once more at the end."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _leave(code: int, message: str) -> NoReturn:
-    print(f"manymodes: {message}", file=sys.stderr)
+    print(f"manymodes: {printable(message)}", file=sys.stderr)
     sys.exit(code)

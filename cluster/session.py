@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from urllib.parse import urlsplit
 
 # Ray Train delivers one report per such interval (default 2 s); read by the driver before fit().
@@ -36,21 +39,36 @@ def ray_session(address: str | None, cpus: float) -> Iterator[None]:
     if address:
         probe(address)
         try:
-            ray.init(address=address, **options)
+            _init(address=address, **options)
         except Exception as error:
             raise UserError(
                 f"Ray at {address} cannot be used: {one_line(error)}; check the address and the token (RAY_AUTH_TOKEN)"
             ) from error
     else:
         # "local": without an address Ray would join (or wait for) a cluster that somebody started on this machine.
-        ray.init(address="local", include_dashboard=False, **options)
+        _init(address="local", include_dashboard=False, **options)
         if ray.cluster_resources().get("CPU", 0) < cpus:
             ray.shutdown()
-            ray.init(address="local", num_cpus=math.ceil(cpus), include_dashboard=False, **options)
+            _init(address="local", num_cpus=math.ceil(cpus), include_dashboard=False, **options)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _init(**options: Any) -> None:
+    """ray.init, which takes SIGTERM for itself (and then dies of SIGABRT): our handlers are put back after it."""
+    ours = {}
+    if threading.current_thread() is threading.main_thread():
+        ours = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        ray.init(**options)
+    except SystemExit as error:  # what Ray's handler makes of SIGTERM in the meantime
+        raise KeyboardInterrupt from error
+    finally:
+        for number, handler in ours.items():
+            if callable(handler):  # a program that has no handler of its own is better served by Ray's
+                signal.signal(number, handler)
 
 
 def probe(address: str) -> None:

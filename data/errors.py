@@ -23,7 +23,16 @@ class SharedError(UserError):
 
 def one_line(error: BaseException) -> str:
     """The first line of an exception's text, or its type where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return printable((str(error).strip().splitlines() or [type(error).__name__])[0])
+
+
+def printable(text: str, limit: int = 2000) -> str:
+    """A text as one line: control characters escaped, the middle left out where it is long.
+
+    File names may hold line breaks, escape sequences for the terminal, or bytes that are no text.
+    """
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return line if len(line) <= limit else f"{line[: limit * 2 // 3]} ... {line[-limit // 3 :]}"
 
 
 def io_error(error: OSError, url: str, doing: str) -> StorageError:

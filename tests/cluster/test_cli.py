@@ -2,7 +2,11 @@
 
 import errno
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -213,3 +217,67 @@ def test_internal_errors_are_told_apart(call, monkeypatch):
     assert "internal error: ZeroDivisionError" in err
     with pytest.raises(ZeroDivisionError):
         call("recipes", "--debug")
+
+
+MANYMODES = os.path.join(os.path.dirname(sys.executable), "manymodes")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("after", [0.15, 1.0])
+def test_an_interruption_is_one_line(tmp_path, array_file, number, after):
+    x = array_file(np.random.default_rng(0).random((60_000, 100)))
+    command = [MANYMODES, "evaluate", x, "--reference", x, "--bins", "100"]
+    job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    time.sleep(after)
+    job.send_signal(number)
+    _, err = job.communicate(timeout=60)
+    assert job.returncode == 130, err
+    assert err.splitlines()[-1].startswith("manymodes: interrupted")
+    assert "Traceback" not in err
+
+
+RAY_THEN_SIGTERM = """
+import os, signal, sys
+from cluster.entry import leave_interrupted, prepare
+from cluster.session import ray_session
+prepare()
+try:
+    with ray_session(None, 1):
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.pause()
+except KeyboardInterrupt:
+    leave_interrupted()
+"""
+
+
+def test_sigterm_ends_a_job_that_runs_ray(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", RAY_THEN_SIGTERM], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 130, done.stderr
+    assert done.stderr.splitlines() == ["manymodes: interrupted; the same command goes on where it stopped"]
+
+
+@pytest.mark.parametrize(
+    ("redirection", "code"), [(">&- 2>&-", 0), ("<&- >&-", 0), (">/dev/full", 2), ("| true", None)]
+)
+def test_streams_that_are_closed_or_full(tmp_path, redirection, code):
+    command = f"{MANYMODES} recipes {redirection}"
+    done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert code is None or done.returncode == code
+    expected = ["manymodes: cannot use the output: the disk is full: free some space or choose another folder"]
+    assert done.stderr.splitlines() == (expected if code == 2 else [])
+
+
+def test_names_are_printed_as_they_are(call, array_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    x = array_file(np.zeros((20, 3)))
+    code, out, _ = call("pack", f"array:{x}", "o[red]x[/b]:smile:")
+    assert code == 0
+    assert "o[red]x[/b]:smile:" in out.replace("\n", "")
+    refuses(call("pack", "array:a\nb\x1b[31m.npy", "d"), r"a\nb\x1b[31m.npy")
+    done = subprocess.run(
+        [MANYMODES, "pack", f"array:{x}", "é"],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
