@@ -18,6 +18,7 @@ from typer.exceptions import TyperException
 
 from cluster.entry import leave_interrupted, prepare
 from data.errors import UserError, io_error, one_line, printable
+from data.limits import MAX_DRAWN, MAX_SEED
 
 if TYPE_CHECKING:
     from eval.report import ReportTable
@@ -135,9 +136,9 @@ def train(
 @app.command()
 def sample(
     model: str = typer.Argument(help="models:/NAME@ALIAS, or the --out folder of a run"),
-    n: int = typer.Option(64, "-n", min=1, help="number of samples"),
+    n: int = typer.Option(64, "-n", min=1, max=MAX_DRAWN, help="number of samples"),
     out: str = typer.Option(..., "--out", help="FILE.png for a picture, FILE.npy for the numbers"),
-    seed: int = typer.Option(0, min=0, help="the same seed gives the same samples"),
+    seed: int = typer.Option(0, min=0, max=MAX_SEED, help="the same seed gives the same samples"),
     tracking_uri: str = TRACKING,
 ) -> None:
     """Draws samples from a model."""
@@ -175,8 +176,8 @@ def evaluate(
     bins: int = typer.Option(100, "--bins", min=2, help="number of K-means bins"),
     z_threshold: float = typer.Option(None, "--z-threshold", help="a bin differs where |z| exceeds this"),
     significance: float = typer.Option(None, "--significance", help="... or where p is below this (default 0.05)"),
-    seed: int = typer.Option(0, "--seed", min=0, help="fixes the bins, and the samples of a model"),
-    n: int = typer.Option(10_000, "-n", min=1, help="samples drawn from a model"),
+    seed: int = typer.Option(0, "--seed", min=0, max=MAX_SEED, help="fixes the bins, and the samples of a model"),
+    n: int = typer.Option(10_000, "-n", min=1, max=MAX_DRAWN, help="samples drawn from a model"),
     split: str = typer.Option("test", "--split", help="split of SAMPLES, where it is a pack"),
     reference_split: str = typer.Option("train", "--reference-split", help="split of REF, where it is a pack"),
     size: int = typer.Option(None, "--size", min=1, help="crop and resize images to this many pixels a side"),
@@ -273,13 +274,11 @@ def main() -> None:
             raise
         _drop_output()
         _leave(2, str(io_error(error, str(error.filename or "the output"), "use")))
-    except MemoryError as error:
-        if debug:
-            raise
-        _leave(2, f"not enough memory: {one_line(error)}; use fewer or smaller samples, or a larger machine")
     except Exception as error:
         if debug:
             raise
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):  # NumPy's, and torch's RuntimeError
+            _leave(2, f"not enough memory ({one_line(error)}): use fewer or smaller samples")
         _leave(1, f"internal error: {type(error).__name__}: {one_line(error)} (--debug shows where)")
     if code == 130:  # what typer makes of an interruption
         leave_interrupted()

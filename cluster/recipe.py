@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from data.errors import UserError, one_line
+from data.limits import MAX_DRAWN, MAX_SEED
 from data.sources import SourceOptions
 from eval.bins import BinSettings
 from trainer.settings import InitialisationSettings, ModelSettings, OptimiserSettings, Settings, TrainingSettings
@@ -72,12 +73,12 @@ class EvaluationSettings(Settings):
     significance: float | None = Field(
         None, gt=0, lt=1, description="... or where its p-value is below this; 0.05 if neither is set"
     )
-    n_samples: int = Field(2000, ge=1, description="samples drawn from each model")
+    n_samples: int = Field(2000, ge=1, le=MAX_DRAWN, description="samples drawn from each model")
     baselines: list[Literal["gaussian", "gaussian-mixture"]] = Field(
         default_factory=list,
         description="also judge a full-covariance Gaussian, and a mixture of them with model.n_components",
     )
-    seed: int = Field(0, ge=0, description="fixes samples and dequantisation")
+    seed: int = Field(0, ge=0, le=MAX_SEED, description="fixes samples and dequantisation")
 
     @model_validator(mode="after")
     def _one_threshold(self) -> EvaluationSettings:

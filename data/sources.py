@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from data import images
 from data.errors import UserError, io_error
+from data.limits import MAX_MAGNITUDE, MAX_SEED
 from data.storage import local_folder
 
 SPECS = "digits, mnist:FOLDER, images:FOLDER, array:FILE.npy, array:FILE.npz"
@@ -28,7 +29,7 @@ class SourceOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     test_fraction: float = Field(0.2, ge=0, lt=1, description="share held out if there is no test split")
-    seed: int = Field(0, ge=0, description="fixes the held-out share, the subset and the order")
+    seed: int = Field(0, ge=0, le=MAX_SEED, description="fixes the held-out share, the subset and the order")
     size: int | None = Field(None, ge=1, description="images: cut to a central square of so many pixels")
     crop: tuple[int, int, int, int] | None = Field(None, description="images: box (left, top, right, bottom)")
     grey: bool | None = Field(None, description="images: one channel; unset means so if every image is grey")
@@ -97,7 +98,8 @@ def open_source(spec: str, options: SourceOptions | None = None) -> Source:
         options: defaults where None.
 
     Raises:
-        UserError: unknown spec, missing or damaged files, samples of different shapes, NaN or infinite values.
+        UserError: unknown spec, missing or damaged files, samples of different shapes, values that are NaN, infinite or
+            too large to compute with.
     """
     options = options or SourceOptions()
     kind, _, place = spec.partition(":")
@@ -225,7 +227,7 @@ def _open_array(spec: str, place: str, options: SourceOptions) -> Source:
     parts = _divide({"train": _whole(x, labels)}, options)
     if real:
         for part in parts.values():
-            _check_finite(path, x, np.sort(part.rows))
+            _check_values(path, x, np.sort(part.rows))
     dtype, levels = ("float32", None) if real else ("uint8", 256)
     return Source(path.stem, spec, x.shape[1:], dtype, levels, None, parts, stamp=_stamp([path]))
 
@@ -253,13 +255,17 @@ def _read_arrays(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
         raise UserError(f"{path}: {reason}: save plain numbers with numpy.save or numpy.savez") from error
 
 
-def _check_finite(path: Path, x: np.ndarray, rows: np.ndarray) -> None:
+def _check_values(path: Path, x: np.ndarray, rows: np.ndarray) -> None:
     step = max(1, (8 << 20) // max(1, x[0].nbytes))
     for start in range(0, len(rows), step):
         # In the type that is stored: a float64 beyond the range of float32 becomes infinite.
         with np.errstate(over="ignore"):
             chunk = x[rows[start : start + step]].astype(np.float32).reshape(len(rows[start : start + step]), -1)
-        finite = np.isfinite(chunk).all(axis=1)
-        if not finite.all():
-            row = rows[start + int(np.argmin(finite))]
+        extent = np.abs(chunk).max(axis=1)
+        usable = extent <= MAX_MAGNITUDE  # false for NaN
+        if not usable.all():
+            first = int(np.argmin(usable))
+            row = rows[start + first]
+            if np.isfinite(extent[first]):
+                raise UserError(f"{path}: row {row} holds values beyond {MAX_MAGNITUDE:g} in size: rescale the data")
             raise UserError(f"{path}: row {row} holds NaN or infinite values (as float32): remove or repair it")

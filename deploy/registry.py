@@ -80,7 +80,7 @@ def register_model(
             )
         client = mlflow_client(tracking_uri)
         if not client.search_registered_models(f"name = '{name}'"):
-            with contextlib.suppress(MlflowException):  # another job may create it now; if none does, the next call fails
+            with contextlib.suppress(MlflowException):  # another job may create it; if none does, the next call fails
                 client.create_registered_model(name)
         created = client.create_model_version(name, info.model_uri, run_id, model_id=info.model_id)
         version = str(created.version)

@@ -144,6 +144,11 @@ def test_evaluate_refusals(call, array_file, tmp_path):
     refuses(call("evaluate", r), "--reference")
     refuses(call("sample", "nowhere", "--out", "x.png"), "nowhere")
     refuses(call("sample", "nowhere", "--out", "x.gif"), ".png")
+    refuses(call("sample", "nowhere", "--out", "x.npy", "-n", 10**9), "-n")
+    refuses(call("evaluate", r, "--reference", r, "-n", 10**9), "-n")
+    refuses(call("evaluate", r, "--reference", r, "--seed", 2**32), "--seed")
+    huge = array_file(np.full((30, 4), 1e30), "huge.npy")
+    refuses(call("evaluate", huge, "--reference", r, "--bins", 10), "huge.npy", "rescale")
 
 
 def test_a_truncated_shard_is_refused(call, tmp_path):
@@ -217,6 +222,14 @@ def test_internal_errors_are_told_apart(call, monkeypatch):
     assert "internal error: ZeroDivisionError" in err
     with pytest.raises(ZeroDivisionError):
         call("recipes", "--debug")
+
+
+def test_too_little_memory_is_told_in_one_line(call, monkeypatch):
+    def torch_fails():
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. can't allocate memory: 800000000000 bytes")
+
+    monkeypatch.setattr("cluster.recipe.shipped_recipes", torch_fails)
+    refuses(call("recipes"), "not enough memory")
 
 
 MANYMODES = os.path.join(os.path.dirname(sys.executable), "manymodes")

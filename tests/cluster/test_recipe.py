@@ -56,6 +56,9 @@ def test_what_decides_the_model_does(override):
         (["name.x=1"], ["'name' is a value"]),
         (["training.steps=[1"], ["not valid YAML"]),
         (["data=null"], ["data"]),
+        (["training.seed=4294967296"], ["training.seed", "less than or equal to 4294967295"]),
+        (["evaluation.seed=4294967296", "data.options.seed=4294967296"], ["evaluation.seed", "data.options.seed"]),
+        (["evaluation.n_samples=100000000000"], ["evaluation.n_samples", "100000000"]),
     ],
 )
 def test_faults_are_one_line(overrides, parts):

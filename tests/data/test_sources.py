@@ -166,6 +166,7 @@ def test_faulty_arrays_are_refused(tmp_path):
     x[[31, 12], 2] = np.nan
     refused("row 12 ", x)
     refused("row 3 ", np.where(np.arange(10)[:, None] == 3, 1e300, np.ones((10, 2))))
+    refused("row 3 .* rescale", np.where(np.arange(10)[:, None] == 3, -1e30, np.ones((10, 2))))
     refused("Python objects", np.array([{}, {}]), allow_pickle=True)
     refused("int64", np.ones((4, 2), np.int64))
     refused("no samples", np.ones(4))

@@ -37,6 +37,11 @@ def test_publish_is_whole_or_not_at_all(tmp_path):
     assert storage.names(str(target.parent)) == ["file"]
 
 
+def test_a_store_that_can_only_be_read_is_told_in_one_line():
+    with pytest.raises(UserError, match="can only be read"):
+        storage.write_text("http://127.0.0.1:9/x", "text")
+
+
 def test_a_full_disk_is_told_in_one_line(tmp_path):
     with pytest.raises(UserError, match="disk is full"), storage.publish(str(tmp_path / "file")):
         raise OSError(28, "No space left on device")
