@@ -19,6 +19,10 @@ from data.sources import SourceOptions
 from eval.bins import BinSettings
 from trainer.settings import InitialisationSettings, ModelSettings, OptimiserSettings, Settings, TrainingSettings
 
+_LARGEST_RECIPE = 1_000_000
+# Of the operating system; asking for a longer one is an error of its own.
+_LONGEST_PATH = 4000
+
 
 class DataSettings(Settings):
     """Where the samples come from."""
@@ -173,15 +177,17 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     """
     known = shipped_recipes()
     path = known.get(name_or_path, Path(name_or_path))
-    if not path.is_file():
+    if len(name_or_path) > _LONGEST_PATH or not path.is_file():
         hint = _nearest(name_or_path, known)
         raise UserError(
             f"unknown recipe {name_or_path!r}{hint}: give a YAML file or one of {', '.join(known)} "
             "(`manymodes recipes` lists them)"
         )
     try:
-        document = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        if path.stat().st_size > _LARGEST_RECIPE:
+            raise UserError(f"recipe {path} has more than {_LARGEST_RECIPE:,} bytes: give a recipe")
+        document = _parsed(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
         raise UserError(f"recipe {path} cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(document, dict):
         raise UserError(f"recipe {path} is not a mapping: it needs `name:`, `data:` and so on")
@@ -191,6 +197,29 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         return Recipe.model_validate(document)
     except ValidationError as error:
         raise UserError(f"recipe {name_or_path}: {'; '.join(_explain(error))}") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses aliases: nine of them in nine lines are a billion values."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.constructor.ConstructorError(None, None, "aliases (*name) are not read: write the value again")
+        return super().compose_node(parent, index)
+
+
+def _parsed(text: str) -> Any:
+    """The value of a YAML text.
+
+    Raises:
+        ValueError: it is none, or no such number, date or depth can be.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, AttributeError, OverflowError, TypeError) as error:  # PyYAML does not wrap them all
+        raise ValueError(str(error)) from error
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def load_source_options(overrides: Sequence[str]) -> SourceOptions:
@@ -230,8 +259,8 @@ def _apply(document: dict[str, Any], override: str) -> None:
     if not sign or not key.strip():
         raise UserError(f"--set {override!r} is not understood: write --set training.steps=500")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        value = _parsed(text)
+    except ValueError as error:
         raise UserError(f"--set {override!r}: the value is not valid YAML ({one_line(error)})") from error
     *parents, last = key.strip().split(".")
     place = document
