@@ -18,7 +18,7 @@ from typer.exceptions import TyperException
 
 from cluster.entry import leave_interrupted, prepare
 from data.errors import UserError, io_error, one_line, printable
-from data.limits import MAX_DRAWN, MAX_SEED
+from data.limits import MAX_DRAWN, MAX_SEED, MAX_SIDE
 
 if TYPE_CHECKING:
     from eval.report import ReportTable
@@ -180,7 +180,7 @@ def evaluate(
     n: int = typer.Option(10_000, "-n", min=1, max=MAX_DRAWN, help="samples drawn from a model"),
     split: str = typer.Option("test", "--split", help="split of SAMPLES, where it is a pack"),
     reference_split: str = typer.Option("train", "--reference-split", help="split of REF, where it is a pack"),
-    size: int = typer.Option(None, "--size", min=1, help="crop and resize images to this many pixels a side"),
+    size: int = typer.Option(None, "--size", min=1, max=MAX_SIDE, help="crop and resize images to so many pixels"),
     grey: bool = typer.Option(None, "--grey/--rgb", help="turn images grey, or to RGB (default: as they are)"),
     max_samples: int = typer.Option(None, "--max-samples", min=2, help="random subset that K-means is fitted to"),
     max_dimensions: int = typer.Option(None, "--max-dimensions", min=1, help="random subset of the features"),

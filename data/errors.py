@@ -44,6 +44,7 @@ def io_error(error: OSError, url: str, doing: str) -> StorageError:
         errno.EACCES: "permission denied: choose a place that you may use",
         errno.EROFS: "the file system is read-only: choose another folder",
         errno.ENOTDIR: "a part of the path is a file, not a folder: check the path",
+        errno.ENAMETOOLONG: "the name is too long: choose a shorter one",
         errno.EISDIR: "this is a folder where a file was expected: check the path",
     }
     reason = remedies.get(error.errno or 0) or error.strerror or one_line(error)

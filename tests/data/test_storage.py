@@ -4,7 +4,13 @@ from data import storage
 from data.errors import UserError
 
 
-@pytest.mark.parametrize("url", ["pipe:touch /tmp/x", "PIPE:cat", "ssh://host/x", "simplecache::s3://b/k", "a::b", ""])
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("pipe:touch /tmp/x", "PIPE:cat", "ssh://host/x", "simplecache::s3://b/k", "a::b", ""),
+        *("a\0b", "\ud800", "a/" + "b" * 256),
+    ],
+)
 def test_refuses_what_is_not_a_plain_place(url):
     with pytest.raises(UserError):
         storage.check_url(url)
