@@ -4,8 +4,10 @@ import errno
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -200,6 +202,28 @@ def test_run_refusals_leave_nothing(call, tmp_path, images):
     (images / "a" / "00.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
     refuses(call("run", "digits", "--out", "o", "--set", f"data.source=images:{images}"), "00.png")
     assert not list(tmp_path.glob("o/**/*.*"))
+
+
+@pytest.mark.parametrize("answer", [None, b"HTTP/1.1 400 Bad Request\r\n\r\n", b""])
+def test_what_listens_at_the_address_is_not_ray(call, monkeypatch, answer):
+    monkeypatch.setattr("cluster.session.ANSWER_SECONDS", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve():
+            connection, _ = server.accept()
+            with connection:
+                if answer is None:
+                    time.sleep(1)
+                else:
+                    connection.sendall(answer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        refuses(call("run", "digits", "--out", "o", "--ray-address", address), address, "does not answer")
+        thread.join()
+    for address in ("a" * 100 + ":9", ".:9", "127.0.0.1:9\n", "[::1"):
+        refuses(call("run", "digits", "--out", "o", "--ray-address", address), "Ray a")
 
 
 def test_data_that_cannot_be_judged_is_refused_before_training(call, tmp_path, array_file):
