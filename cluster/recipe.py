@@ -5,13 +5,14 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from data.errors import UserError, one_line
 from data.limits import MAX_DRAWN, MAX_SEED
@@ -107,6 +108,14 @@ class RegistrySettings(Settings):
         None, pattern=r"^[A-Za-z0-9._-]+$", description="registered model; null takes the recipe's name"
     )
     alias: str = Field("candidate", pattern=r"^[A-Za-z][A-Za-z0-9_-]*$", description="alias given to the new version")
+
+    @field_validator("alias")
+    @classmethod
+    def _not_reserved(cls, alias: str) -> str:
+        # MLflow would refuse it, after training.
+        if re.fullmatch(r"(?i)latest|v\d+", alias):
+            raise ValueError("MLflow keeps latest, v1, v2, ... for itself: choose another alias")
+        return alias
 
 
 class Recipe(Settings):

@@ -61,6 +61,8 @@ def test_what_decides_the_model_does(override):
         (["training.steps=" + "[" * 5000], ["nested too deeply"]),
         (["training.steps=&a [*a]"], ["aliases"]),
         (["data=null"], ["data"]),
+        (["registry.alias=v1"], ["registry.alias", "choose another"]),
+        (["registry.alias=Latest"], ["registry.alias", "choose another"]),
         (["training.seed=4294967296"], ["training.seed", "less than or equal to 4294967295"]),
         (["evaluation.seed=4294967296", "data.options.seed=4294967296"], ["evaluation.seed", "data.options.seed"]),
         (["evaluation.n_samples=100000000000"], ["evaluation.n_samples", "100000000"]),
