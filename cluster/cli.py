@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
-import signal
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -17,7 +16,9 @@ from rich.console import Console
 from rich.table import Table
 from typer.exceptions import TyperException
 
-from data.errors import UserError
+from cluster.entry import leave_interrupted, prepare
+from data.errors import UserError, io_error, one_line, printable
+from data.limits import MAX_DRAWN, MAX_SEED, MAX_SIDE
 
 if TYPE_CHECKING:
     from eval.report import ReportTable
@@ -30,7 +31,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     epilog="Any command takes --debug, which shows a traceback instead of a one-line error.",
 )
-out_console = Console(width=None if sys.stdout.isatty() else 140)
+# Paths and names are printed as they are: square brackets in them are no markup.
+out_console = Console(markup=False, emoji=False, width=None if sys.stdout and sys.stdout.isatty() else 140)
 _STARTED = time.perf_counter()
 
 SET = typer.Option(None, "--set", metavar="KEY=VALUE", help="change a field of the recipe, as training.steps=500")
@@ -44,7 +46,7 @@ def recipes(name: str = typer.Argument(None, help="show this recipe with all of 
     from cluster.recipe import described, load_recipe, shipped_recipes
 
     if name:
-        out_console.print(described(load_recipe(name)), markup=False, soft_wrap=True)
+        out_console.print(described(load_recipe(name)), soft_wrap=True)
         return
     table = Table("recipe", "source", "what it does", box=None, pad_edge=False)
     for known in shipped_recipes():
@@ -134,9 +136,9 @@ def train(
 @app.command()
 def sample(
     model: str = typer.Argument(help="models:/NAME@ALIAS, or the --out folder of a run"),
-    n: int = typer.Option(64, "-n", min=1, help="number of samples"),
+    n: int = typer.Option(64, "-n", min=1, max=MAX_DRAWN, help="number of samples"),
     out: str = typer.Option(..., "--out", help="FILE.png for a picture, FILE.npy for the numbers"),
-    seed: int = typer.Option(0, min=0, help="the same seed gives the same samples"),
+    seed: int = typer.Option(0, min=0, max=MAX_SEED, help="the same seed gives the same samples"),
     tracking_uri: str = TRACKING,
 ) -> None:
     """Draws samples from a model."""
@@ -174,7 +176,7 @@ def score(
     split: str = typer.Option("test", "--split", help="split of DATA, where it has splits"),
     out: str = typer.Option(None, "--out", help="FILE.csv or FILE.npy: the value of every sample (one model)"),
     picture: str = typer.Option(None, "--picture", help="FOLDER: log-likelihood and reconstructions by components"),
-    seed: int = typer.Option(0, "--seed", min=0, help="fixes the dequantisation"),
+    seed: int = typer.Option(0, "--seed", min=0, max=MAX_SEED, help="fixes the dequantisation"),
     as_json: bool = typer.Option(False, "--json", help="print one JSON object and nothing else"),
     tracking_uri: str = TRACKING,
 ) -> None:
@@ -223,7 +225,7 @@ def outliers(
     out: str = typer.Option(..., "--out", help="folder for outliers.png and outliers.csv"),
     n: int = typer.Option(24, "-n", min=1, max=1000, help="how many"),
     split: str = typer.Option("test", "--split", help="split of DATA, where it has splits"),
-    seed: int = typer.Option(0, "--seed", min=0, help="fixes the dequantisation"),
+    seed: int = typer.Option(0, "--seed", min=0, max=MAX_SEED, help="fixes the dequantisation"),
     tracking_uri: str = TRACKING,
 ) -> None:
     """Finds the least likely samples, as a picture and a CSV."""
@@ -249,7 +251,7 @@ def inpaint(
     n: int = typer.Option(8, "-n", min=1, max=10_000, help="random samples of DATA"),
     draws: int = typer.Option(3, "--draws", min=0, max=100, help="completions drawn for each"),
     split: str = typer.Option("test", "--split", help="split of DATA, where it has splits"),
-    seed: int = typer.Option(0, "--seed", min=0, help="fixes samples and draws"),
+    seed: int = typer.Option(0, "--seed", min=0, max=MAX_SEED, help="fixes samples and draws"),
     tracking_uri: str = TRACKING,
 ) -> None:
     """Completes hidden parts of samples: the likeliest completion, the mean one, and draws."""
@@ -278,7 +280,7 @@ def traverse(
     out: str = typer.Option(..., "--out", help="folder for components.png, factors.png and interpolation.gif"),
     component: int = typer.Option(None, "--component", min=0, help="default: the largest"),
     factors: tuple[int, int] = typer.Option((0, 1), "--factors", help="the two factors of the grid"),
-    seed: int = typer.Option(0, "--seed", min=0, help="fixes the walk of the animation"),
+    seed: int = typer.Option(0, "--seed", min=0, max=MAX_SEED, help="fixes the walk of the animation"),
     tracking_uri: str = TRACKING,
 ) -> None:
     """Shows what a mixture has learnt: components, a grid over two factors, and an animated walk."""
@@ -289,7 +291,7 @@ def traverse(
         open_model(model, tracking_uri), out, component=component, factors=factors, seed=seed
     )
     for name in written:
-        out_console.print(str(Path(out) / name), highlight=False, markup=False)
+        out_console.print(str(Path(out) / name), highlight=False)
 
 
 @app.command()
@@ -299,11 +301,11 @@ def evaluate(
     bins: int = typer.Option(100, "--bins", min=2, help="number of K-means bins"),
     z_threshold: float = typer.Option(None, "--z-threshold", help="a bin differs where |z| exceeds this"),
     significance: float = typer.Option(None, "--significance", help="... or where p is below this (default 0.05)"),
-    seed: int = typer.Option(0, "--seed", min=0, help="fixes the bins, and the samples of a model"),
-    n: int = typer.Option(10_000, "-n", min=1, help="samples drawn from a model"),
+    seed: int = typer.Option(0, "--seed", min=0, max=MAX_SEED, help="fixes the bins, and the samples of a model"),
+    n: int = typer.Option(10_000, "-n", min=1, max=MAX_DRAWN, help="samples drawn from a model"),
     split: str = typer.Option("test", "--split", help="split of SAMPLES, where it is a pack"),
     reference_split: str = typer.Option("train", "--reference-split", help="split of REF, where it is a pack"),
-    size: int = typer.Option(None, "--size", min=1, help="crop and resize images to this many pixels a side"),
+    size: int = typer.Option(None, "--size", min=1, max=MAX_SIDE, help="crop and resize images to so many pixels"),
     grey: bool = typer.Option(None, "--grey/--rgb", help="turn images grey, or to RGB (default: as they are)"),
     max_samples: int = typer.Option(None, "--max-samples", min=2, help="random subset that K-means is fitted to"),
     max_dimensions: int = typer.Option(None, "--max-dimensions", min=1, help="random subset of the features"),
@@ -374,10 +376,10 @@ def main() -> None:
     """The entry point: one line and exit code 2 for what the user can mend; a traceback only with --debug."""
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _terminated)
+    prepare()
     try:
         code = app(standalone_mode=False)
+        sys.stdout.flush()
     except UserError as error:
         if debug:
             raise
@@ -388,24 +390,32 @@ def main() -> None:
             sys.exit(2)
         _leave(2, f"{message} (--help shows what is possible)")
     except (KeyboardInterrupt, typer.Abort):
-        _leave(130, "interrupted; the same command goes on where it stopped")
+        leave_interrupted()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         sys.exit(1)
+    except OSError as error:  # a full disk behind stdout, a home folder that is none: the machine's, not ours
+        if debug:
+            raise
+        _drop_output()
+        _leave(2, str(io_error(error, str(error.filename or "the output"), "use")))
     except Exception as error:
         if debug:
             raise
-        from data.errors import one_line
-
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):  # NumPy's, and torch's RuntimeError
+            _leave(2, f"not enough memory ({one_line(error)}): use fewer or smaller samples")
         _leave(1, f"internal error: {type(error).__name__}: {one_line(error)} (--debug shows where)")
+    if code == 130:  # what typer makes of an interruption
+        leave_interrupted()
     sys.exit(code or 0)
 
 
-def _terminated(signum: int, frame: Any) -> None:
-    """SIGTERM ends a job as Ctrl-C does: Ray and the MLflow run are closed."""
-    raise KeyboardInterrupt
+def _drop_output() -> None:
+    """What stdout still holds cannot be written: without this Python would complain about it once more at the end."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _leave(code: int, message: str) -> NoReturn:
-    print(f"manymodes: {message}", file=sys.stderr)
+    print(f"manymodes: {printable(message)}", file=sys.stderr)
     sys.exit(code)

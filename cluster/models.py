@@ -28,8 +28,14 @@ class LocalModel:
         self.batch = batch
 
     def sample(self, n: int, seed: int) -> np.ndarray:
-        """n samples [n, *shape]; the same for the same seed."""
+        """n samples [n, *shape]; the same for the same seed.
+
+        Raises:
+            UserError: some are not finite, as the model's parameters are out of all bounds.
+        """
         samples = self.model.sample(n, torch.Generator().manual_seed(seed)).numpy()
+        if not np.isfinite(samples).all():
+            raise UserError(f"the model of {self.data['name']} draws NaN or infinite values: train it again")
         return np.asarray(samples).reshape(n, *self.data["shape"])
 
     def component_log_prob(self, x: np.ndarray) -> np.ndarray:

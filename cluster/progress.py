@@ -16,7 +16,9 @@ from rich.table import Column
 from rich.text import Text
 
 # Where nobody's terminal sets a width (logs, pipes), lines are wide enough for a whole table row.
-console = Console(stderr=True, width=None if sys.stderr.isatty() else 140)
+console = Console(
+    stderr=True, markup=False, emoji=False, width=None if sys.stderr and sys.stderr.isatty() else 140
+)
 
 
 class _RateColumn(ProgressColumn):
@@ -38,13 +40,13 @@ class Stages:
         """Times a stage; yields `advance(done, total=None, text=None)` for its progress bar."""
         began = time.perf_counter()
         columns = (
-            TextColumn("{task.description:<22}"),
+            TextColumn("{task.description:<22}", markup=False),
             BarColumn(bar_width=12),
             TextColumn("{task.percentage:>3.0f}%"),
             _RateColumn(table_column=Column(no_wrap=True)),
             TimeElapsedColumn(),
             TimeRemainingColumn(table_column=Column(no_wrap=True)),
-            TextColumn("{task.fields[text]}", style="dim", table_column=Column(no_wrap=True, ratio=1)),
+            TextColumn("{task.fields[text]}", style="dim", markup=False, table_column=Column(no_wrap=True, ratio=1)),
         )
         with Progress(*columns, console=console, disable=self.quiet, refresh_per_second=5) as bar:
             task = bar.add_task(name, total=total, unit=unit, text="")

@@ -5,15 +5,17 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from data.errors import UserError, one_line
+from data.limits import MAX_DRAWN, MAX_SEED
 from data.sources import SourceOptions
 from eval.bins import BinSettings
 from trainer.settings import (
@@ -24,6 +26,10 @@ from trainer.settings import (
     Settings,
     TrainingSettings,
 )
+
+_LARGEST_RECIPE = 1_000_000
+# Of the operating system; asking for a longer one is an error of its own.
+_LONGEST_PATH = 4000
 
 
 class DataSettings(Settings):
@@ -87,12 +93,12 @@ class EvaluationSettings(Settings):
     significance: float | None = Field(
         None, gt=0, lt=1, description="... or where its p-value is below this; 0.05 if neither is set"
     )
-    n_samples: int = Field(2000, ge=1, description="samples drawn from each model")
+    n_samples: int = Field(2000, ge=1, le=MAX_DRAWN, description="samples drawn from each model")
     baselines: list[Literal["gaussian", "gaussian-mixture"]] = Field(
         default_factory=list,
         description="also judge a full-covariance Gaussian, and a mixture of them with model.n_components",
     )
-    seed: int = Field(0, ge=0, description="fixes samples and dequantisation")
+    seed: int = Field(0, ge=0, le=MAX_SEED, description="fixes samples and dequantisation")
 
     @model_validator(mode="after")
     def _one_threshold(self) -> EvaluationSettings:
@@ -117,6 +123,14 @@ class RegistrySettings(Settings):
         None, pattern=r"^[A-Za-z0-9._-]+$", description="registered model; null takes the recipe's name"
     )
     alias: str = Field("candidate", pattern=r"^[A-Za-z][A-Za-z0-9_-]*$", description="alias given to the new version")
+
+    @field_validator("alias")
+    @classmethod
+    def _not_reserved(cls, alias: str) -> str:
+        # MLflow would refuse it, after training.
+        if re.fullmatch(r"(?i)latest|v\d+", alias):
+            raise ValueError("MLflow keeps latest, v1, v2, ... for itself: choose another alias")
+        return alias
 
 
 class Recipe(Settings):
@@ -199,15 +213,17 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     """
     known = shipped_recipes()
     path = known.get(name_or_path, Path(name_or_path))
-    if not path.is_file():
+    if len(name_or_path) > _LONGEST_PATH or not path.is_file():
         hint = _nearest(name_or_path, known)
         raise UserError(
             f"unknown recipe {name_or_path!r}{hint}: give a YAML file or one of {', '.join(known)} "
             "(`manymodes recipes` lists them)"
         )
     try:
-        document = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        if path.stat().st_size > _LARGEST_RECIPE:
+            raise UserError(f"recipe {path} has more than {_LARGEST_RECIPE:,} bytes: give a recipe")
+        document = _parsed(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
         raise UserError(f"recipe {path} cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(document, dict):
         raise UserError(f"recipe {path} is not a mapping: it needs `name:`, `data:` and so on")
@@ -217,6 +233,29 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         return Recipe.model_validate(document)
     except ValidationError as error:
         raise UserError(f"recipe {name_or_path}: {'; '.join(_explain(error))}") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses aliases: nine of them in nine lines are a billion values."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.constructor.ConstructorError(None, None, "aliases (*name) are not read: write the value again")
+        return super().compose_node(parent, index)
+
+
+def _parsed(text: str) -> Any:
+    """The value of a YAML text.
+
+    Raises:
+        ValueError: it is none, or no such number, date or depth can be.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, AttributeError, OverflowError, TypeError) as error:  # PyYAML does not wrap them all
+        raise ValueError(str(error)) from error
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def load_source_options(overrides: Sequence[str]) -> SourceOptions:
@@ -256,8 +295,8 @@ def _apply(document: dict[str, Any], override: str) -> None:
     if not sign or not key.strip():
         raise UserError(f"--set {override!r} is not understood: write --set training.steps=500")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        value = _parsed(text)
+    except ValueError as error:
         raise UserError(f"--set {override!r}: the value is not valid YAML ({one_line(error)})") from error
     *parents, last = key.strip().split(".")
     place = document

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from urllib.parse import urlsplit
 
 # Ray Train delivers one report per such interval (default 2 s); read by the driver before fit().
@@ -18,6 +21,10 @@ import ray
 from data.errors import UserError, one_line
 
 CONNECT_SECONDS = 5.0
+# A head node that has much to do may need a while.
+ANSWER_SECONDS = 15.0
+# HTTP/2's first frame, empty: three bytes of length, type 4, flags, stream.
+_SETTINGS = b"\0\0\0\4\0\0\0\0\0"
 
 
 @contextmanager
@@ -36,41 +43,73 @@ def ray_session(address: str | None, cpus: float) -> Iterator[None]:
     if address:
         probe(address)
         try:
-            ray.init(address=address, **options)
+            _init(address=address, **options)
         except Exception as error:
             raise UserError(
                 f"Ray at {address} cannot be used: {one_line(error)}; check the address and the token (RAY_AUTH_TOKEN)"
             ) from error
     else:
         # "local": without an address Ray would join (or wait for) a cluster that somebody started on this machine.
-        ray.init(address="local", include_dashboard=False, **options)
+        _init(address="local", include_dashboard=False, **options)
         if ray.cluster_resources().get("CPU", 0) < cpus:
             ray.shutdown()
-            ray.init(address="local", num_cpus=math.ceil(cpus), include_dashboard=False, **options)
+            _init(address="local", num_cpus=math.ceil(cpus), include_dashboard=False, **options)
     try:
         yield
     finally:
         ray.shutdown()
 
 
+def _init(**options: Any) -> None:
+    """ray.init, which takes SIGTERM for itself (and then dies of SIGABRT): our handlers are put back after it."""
+    ours = {}
+    if threading.current_thread() is threading.main_thread():
+        ours = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        ray.init(**options)
+    except SystemExit as error:  # what Ray's handler makes of SIGTERM in the meantime
+        raise KeyboardInterrupt from error
+    finally:
+        for number, handler in ours.items():
+            if callable(handler):  # a program that has no handler of its own is better served by Ray's
+                signal.signal(number, handler)
+
+
 def probe(address: str) -> None:
     """Fails within seconds, with a UserError, where Ray itself would wait for minutes."""
     if address in ("auto", "local"):
         return
-    parts = urlsplit(address if "://" in address else f"//{address}")
     try:
+        parts = urlsplit(address if "://" in address else f"//{address}")
         host, port = parts.hostname, parts.port
     except ValueError:
         host = port = None
     if not host or not port:
         raise UserError(f"Ray address {address!r} is not understood: give HOST:PORT, ray://HOST:PORT or auto")
     try:
-        socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()
-    except OSError as error:
+        with socket.create_connection((host, port), timeout=CONNECT_SECONDS) as connection:
+            plain = os.environ.get("RAY_USE_TLS", "0") != "1"  # a server with TLS would not answer
+            if plain and not _speaks_grpc(connection):
+                raise OSError("what listens there is not Ray")
+    except (OSError, UnicodeError) as error:  # the latter from a host name that cannot be one
+        reason = getattr(error, "strerror", None) or one_line(error)
         raise UserError(
-            f"Ray at {address} does not answer ({error.strerror or error}): check the address, or leave "
-            "--ray-address out to start Ray here"
+            f"Ray at {address} does not answer ({reason}): check the address, or leave --ray-address out to start Ray "
+            "here"
         ) from error
+
+
+def _speaks_grpc(connection: socket.socket) -> bool:
+    """Whether the other side begins HTTP/2, as every server of Ray's does; Ray would wait for others for minutes."""
+    connection.settimeout(ANSWER_SECONDS)
+    connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _SETTINGS)
+    answer = b""
+    while len(answer) < len(_SETTINGS):
+        part = connection.recv(64)
+        if not part:
+            break
+        answer += part
+    return answer[3:4] == _SETTINGS[3:4]
 
 
 def require_resources(what: str, cpus: float, gpus: float) -> None:

@@ -23,7 +23,16 @@ class SharedError(UserError):
 
 def one_line(error: BaseException) -> str:
     """The first line of an exception's text, or its type where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return printable((str(error).strip().splitlines() or [type(error).__name__])[0])
+
+
+def printable(text: str, limit: int = 2000) -> str:
+    """A text as one line: control characters escaped, the middle left out where it is long.
+
+    File names may hold line breaks, escape sequences for the terminal, or bytes that are no text.
+    """
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return line if len(line) <= limit else f"{line[: limit * 2 // 3]} ... {line[-limit // 3 :]}"
 
 
 def io_error(error: OSError, url: str, doing: str) -> StorageError:
@@ -35,6 +44,7 @@ def io_error(error: OSError, url: str, doing: str) -> StorageError:
         errno.EACCES: "permission denied: choose a place that you may use",
         errno.EROFS: "the file system is read-only: choose another folder",
         errno.ENOTDIR: "a part of the path is a file, not a folder: check the path",
+        errno.ENAMETOOLONG: "the name is too long: choose a shorter one",
         errno.EISDIR: "this is a folder where a file was expected: check the path",
     }
     reason = remedies.get(error.errno or 0) or error.strerror or one_line(error)

@@ -39,23 +39,29 @@ def expand_urls(urls: Iterable[str]) -> list[str]:
 
 
 def _expand(url: str) -> list[str]:
-    braces = _BRACES.search(url)
-    if braces is None:
-        return [url]
-    limits = re.fullmatch(r"(\d+)\.\.(\d+)", braces[1])
+    found, place = [""], 0
+    for braces in _BRACES.finditer(url):
+        choices = _choices(url, braces[1])
+        if len(found) * len(choices) > _MAX_SHARDS:
+            raise UserError(f"{url}: the braces stand for more than {_MAX_SHARDS:,} names: write fewer")
+        between = url[place : braces.start()]
+        found = [head + between + choice for head in found for choice in choices]
+        place = braces.end()
+    return [head + url[place:] for head in found]
+
+
+def _choices(url: str, braces: str) -> list[str]:
+    limits = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", braces)
     if limits:
         first, last = int(limits[1]), int(limits[2])
         if not 0 <= last - first < _MAX_SHARDS:
-            raise UserError(f"{url}: the range {{{braces[1]}}} is backwards or too long: write {{000..123}}")
+            raise UserError(f"{url}: the range {{{braces}}} is backwards or too long: write {{000..123}}")
         # As in a shell, a leading zero asks for equal widths.
         padded = len(limits[1]) if limits[1].startswith("0") else 0
-        choices = [f"{number:0{padded}d}" for number in range(first, last + 1)]
-    elif "," in braces[1]:
-        choices = braces[1].split(",")
-    else:
-        raise UserError(f"{url}: {{{braces[1]}}} is neither a range {{000..123}} nor a list {{a,b}}: correct it")
-    tails = _expand(url[braces.end() :])
-    return [url[: braces.start()] + choice + tail for choice in choices for tail in tails]
+        return [f"{number:0{padded}d}" for number in range(first, last + 1)]
+    if "," not in braces:
+        raise UserError(f"{url}: {{{braces}}} is neither a range {{000..123}} nor a list {{a,b}}: correct it")
+    return braces.split(",")
 
 
 def read_webdataset(urls: list[str], *, rank: int = 0, world_size: int = 1) -> Iterator[dict[str, Any]]:
@@ -73,7 +79,8 @@ def read_webdataset(urls: list[str], *, rank: int = 0, world_size: int = 1) -> I
 
     Raises:
         UserError: a refused URL, a truncated or damaged shard, a member that is refused (too large, a link,
-            sparse), or a sample that cannot be decoded.
+            sparse), or a sample that cannot be decoded (arrays of anything but real numbers and labels beyond 64
+            bits among them).
     """
 
     def split_by_rank(sources: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -154,18 +161,31 @@ def _decode(sample: dict[str, Any]) -> dict[str, Any]:
         suffix: lambda data: images.fit(images.decode(io.BytesIO(data), name, None), None, None)
         for suffix in ("png", "jpg", "jpeg")
     }
-    decoders["npy"] = parse_npy
+    decoders["npy"] = _numbers
     suffix = next((suffix for suffix in decoders if suffix in sample), None)
     if suffix is None:
         raise UserError(f"{name} has no .{', .'.join(decoders)}: nothing else is read as data")
     try:
         out["x"] = decoders[suffix](sample[suffix])
         if "cls" in sample:
-            out["label"] = int(sample["cls"])
+            out["label"] = _label(int(sample["cls"]))
         elif "json" in sample:
             content = json.loads(sample["json"])
             if isinstance(content, dict) and isinstance(content.get("label"), int):
-                out["label"] = content["label"]
+                out["label"] = _label(content["label"])
     except (ValueError, RecursionError) as error:
         raise UserError(f"{name} cannot be decoded ({error}): repair or remove it") from error
     return out
+
+
+def _numbers(data: bytes) -> np.ndarray:
+    x = parse_npy(data)
+    if x.dtype.kind not in "fiub":
+        raise ValueError(f"values of type {x.dtype} are no real numbers")
+    return x
+
+
+def _label(number: int) -> int:
+    if not -(2**63) <= number < 2**63:
+        raise ValueError("the label does not fit 64 bits")
+    return number

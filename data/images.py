@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
+import warnings
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -13,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from data.errors import UserError, one_line
+from data.storage import check_name
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 # Only these: other decoders of Pillow start programs or are rarely tested.
@@ -20,7 +24,10 @@ _FORMATS = ("PNG", "JPEG")
 _GREY_MODES = ("1", "L", "LA")
 _COLOUR_MODES = ("P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 # What Pillow raises on damaged files, from its several decoders.
-_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+_DAMAGED = (
+    *(OSError, SyntaxError, ValueError, EOFError, MemoryError, struct.error, zlib.error),
+    *(Image.DecompressionBombError, Image.DecompressionBombWarning),
+)
 
 Box = tuple[int, int, int, int]
 
@@ -38,7 +45,7 @@ def find_trees(folder: Path) -> dict[str, tuple[Path, list[str]]]:
     """{split: (its folder, sorted relative paths of its images)}; one split `train` unless there is a folder train.
 
     Raises:
-        UserError: no such folder, or no images in it or in one of its splits.
+        UserError: no such folder, no images in it or in one of its splits, or a name that is not UTF-8.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder: check the path")
@@ -58,7 +65,7 @@ def _image_files(root: Path) -> list[str]:
         below = os.path.relpath(parent, root)
         # Hidden files are what desktops leave behind: "._photo.jpg" is no image.
         found += [
-            os.path.normpath(os.path.join(below, name))
+            check_name(os.path.normpath(os.path.join(below, name)))
             for name in names
             if name.lower().endswith(SUFFIXES) and not name.startswith(".")
         ]
@@ -115,7 +122,7 @@ def decode(place: Path | IO[bytes], name: str, grey: bool | None) -> Image.Image
         UserError: damaged, or more than 8 bits per channel; begins with `name`.
     """
     try:
-        with Image.open(place, formats=_FORMATS) as image:
+        with _opened(place) as image:
             _check_mode(image.mode, name)
             is_grey = image.mode in _GREY_MODES if grey is None else grey
             return image.convert("L" if is_grey else "RGB")
@@ -136,9 +143,19 @@ def fit(image: Image.Image, size: int | None, crop: Box | None) -> np.ndarray:
     return np.asarray(image, dtype=np.uint8).reshape(image.height, image.width, -1)
 
 
+@contextlib.contextmanager
+def _opened(place: Path | IO[bytes]) -> Iterator[Image.Image]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(place, formats=_FORMATS) as image:
+            yield image
+
+
 def _header(file: Path) -> tuple[int, int, str]:
+    if not file.is_file():  # a pipe would wait for ever
+        raise UserError(f"{file}: not a file, or a link to none: remove it")
     try:
-        with Image.open(file, formats=_FORMATS) as image:
+        with _opened(file) as image:
             _check_mode(image.mode, str(file))
             return image.width, image.height, image.mode
     except _DAMAGED as error:

@@ -9,6 +9,7 @@ import faiss
 import numpy as np
 
 from data.errors import UserError
+from data.limits import MAX_MAGNITUDE
 
 _CHUNK_BYTES = 64 << 20
 _SCREENING_ITERATIONS = 15
@@ -58,8 +59,8 @@ def fit(
         gpu: True demands FAISS's GPUs, False forbids them, None uses all there are.
 
     Raises:
-        UserError: fewer samples than clusters, a count below one, NaN or infinite values, or no GPU where
-            one is demanded.
+        UserError: fewer samples than clusters, a count below one, values that are NaN, infinite or too large, or no
+            GPU where one is demanded.
     """
     if x.ndim != 2:
         raise UserError(f"K-means needs samples as [n, features] but got the shape {x.shape}: flatten them first")
@@ -82,7 +83,7 @@ def fit(
     points = np.ascontiguousarray(x, dtype=np.float32)
     step = _chunk_rows(points.shape[1])
     for start in range(0, len(points), step):
-        _check_finite(points[start : start + step], rows[start : start + step])
+        _check_values(points[start : start + step], rows[start : start + step])
     options = {
         "seed": seed & 0x7FFFFFFF,
         "gpu": _use_gpu(gpu),
@@ -113,7 +114,7 @@ def assign(x: np.ndarray, centroids: np.ndarray, gpu: bool | None = None) -> tup
         int64 labels [n_samples] and float32 squared distances [n_samples].
 
     Raises:
-        UserError: NaN or infinite samples, a different number of features, or no GPU where one is demanded.
+        UserError: NaN, infinite or too large samples, a different number of features, or no GPU where one is demanded.
     """
     if x.ndim != 2 or x.shape[1] != centroids.shape[1]:
         raise UserError(
@@ -129,7 +130,7 @@ def assign(x: np.ndarray, centroids: np.ndarray, gpu: bool | None = None) -> tup
     step = _chunk_rows(x.shape[1])
     for start in range(0, len(x), step):
         chunk = np.ascontiguousarray(x[start : start + step], dtype=np.float32)
-        _check_finite(chunk, np.arange(start, start + len(chunk)))
+        _check_values(chunk, np.arange(start, start + len(chunk)))
         found, nearest = index.search(chunk, 1)
         labels[start : start + step], distances[start : start + step] = nearest[:, 0], found[:, 0]
     return labels, distances
@@ -153,8 +154,11 @@ def _chunk_rows(n_features: int) -> int:
     return max(1, _CHUNK_BYTES // (4 * max(1, n_features)))
 
 
-def _check_finite(chunk: np.ndarray, rows: np.ndarray) -> None:
-    finite = np.isfinite(chunk)
-    if not finite.all():
-        row = rows[int(np.argmin(finite.all(axis=1)))]
-        raise UserError(f"K-means: sample {row} holds NaN or infinite values: remove it or repair its source")
+def _check_values(chunk: np.ndarray, rows: np.ndarray) -> None:
+    extent = np.abs(chunk).max(axis=1, initial=0)
+    usable = extent <= MAX_MAGNITUDE  # false for NaN
+    if not usable.all():
+        first = int(np.argmin(usable))
+        if np.isfinite(extent[first]):  # FAISS would abort where distances overflow
+            raise UserError(f"K-means: sample {rows[first]} holds values beyond {MAX_MAGNITUDE:g}: rescale the samples")
+        raise UserError(f"K-means: sample {rows[first]} holds NaN or infinite values: remove it or repair its source")

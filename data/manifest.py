@@ -35,6 +35,8 @@ class ShardRecord(BaseModel):
             raise ValueError(f"{self.file}: the members do not add up to {self.samples} samples")
         if any(rows < 1 or not fields for rows, fields in self.members):
             raise ValueError(f"{self.file}: a member is empty")
+        if any(rows > sum(length for _, length, _ in fields.values()) for rows, fields in self.members):
+            raise ValueError(f"{self.file}: a member has more rows than bytes")
         places = [place for _, fields in self.members for place in fields.values()]
         if any(offset < 0 or length < 0 or offset + length > self.bytes for offset, length, _ in places):
             raise ValueError(f"{self.file}: a member lies outside of the shard")
@@ -159,7 +161,7 @@ def load_manifest(url: str) -> Manifest:
         first = error.errors()[0]
         place = ".".join(repr(part) for part in first["loc"][:4]) or "contents"
         raise UserError(f"{url}: not a valid manifest ({place}: {first['msg']}): pack again") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{url}: not a valid manifest (no JSON): pack again") from error
     manifest._base = base
     for record in manifest.splits.values():

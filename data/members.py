@@ -60,7 +60,10 @@ def parse_npy(data: bytes | memoryview) -> np.ndarray:
     version = np.lib.format.read_magic(stream)
     if version not in readers:
         raise ValueError(f"npy version {version} is not read")
-    shape, by_column, dtype = readers[version](stream)
+    try:
+        shape, by_column, dtype = readers[version](stream)
+    except Exception as error:  # its parser has several kinds of exceptions, MemoryError among them
+        raise ValueError("damaged header") from error
     if dtype.hasobject:
         raise ValueError("an array of Python objects is never read")
     # Compared before anything is allocated: a header can announce more than the machine has.

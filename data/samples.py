@@ -138,7 +138,8 @@ def _from_tars(
     known = [entry[2] for entry in kept if entry[2] is not None]
     labels = np.array(known, dtype=np.int64) if len(known) == len(kept) else None
     if x.dtype != np.uint8:
-        x = x.astype(np.float32)
+        with np.errstate(over="ignore"):  # what becomes infinite is refused below
+            x = x.astype(np.float32)
         if not np.isfinite(x).all():
             raise UserError(f"{urls[0]}: NaN or infinite values in these shards: remove or repair them")
     name = Path(expand_urls(urls)[0]).stem

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import math
-import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -17,7 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from data import images
 from data.errors import UserError, io_error
-from data.storage import local_folder
+from data.limits import MAX_MAGNITUDE, MAX_SEED, MAX_SIDE
+from data.storage import check_name, local_folder
 
 SPECS = "digits, mnist:FOLDER, svhn:FOLDER, images:FOLDER, array:FILE.npy, array:FILE.npz"
 
@@ -28,8 +28,8 @@ class SourceOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     test_fraction: float = Field(0.2, ge=0, lt=1, description="share held out if there is no test split")
-    seed: int = Field(0, ge=0, description="fixes the held-out share, the subset and the order")
-    size: int | None = Field(None, ge=1, description="images: cut to a central square of so many pixels")
+    seed: int = Field(0, ge=0, le=MAX_SEED, description="fixes the held-out share, the subset and the order")
+    size: int | None = Field(None, ge=1, le=MAX_SIDE, description="images: cut to a central square of so many pixels")
     crop: tuple[int, int, int, int] | None = Field(None, description="images: box (left, top, right, bottom)")
     grey: bool | None = Field(None, description="images: one channel; unset means so if every image is grey")
     max_samples: int | None = Field(None, ge=1, description="a random subset of each split, for trials")
@@ -98,9 +98,11 @@ def open_source(spec: str, options: SourceOptions | None = None) -> Source:
         options: defaults where None.
 
     Raises:
-        UserError: unknown spec, missing or damaged files, samples of different shapes, NaN or infinite values.
+        UserError: unknown spec, missing or damaged files, samples of different shapes, values that are NaN, infinite or
+            too large to compute with.
     """
     options = options or SourceOptions()
+    check_name(spec)
     kind, _, place = spec.partition(":")
     openers = {"mnist": _open_mnist, "svhn": _open_svhn, "images": _open_images, "array": _open_array}
     if spec == "digits":
@@ -151,13 +153,16 @@ def _open_digits(options: SourceOptions) -> Source:
 
 def _open_mnist(spec: str, place: str, options: SourceOptions) -> Source:
     folder = local_folder(place)
-    given = {}
+    given, shapes = {}, set()
     for split, prefix in (("train", "train"), ("test", "t10k")):
         x = _read_idx(folder, f"{prefix}-images", 3)[..., None]
         labels = _read_idx(folder, f"{prefix}-labels", 1)
-        if len(x) != len(labels) or not len(x):
+        if len(x) != len(labels) or not x.size:
             raise UserError(f"{folder}: {len(x)} {split} images but {len(labels)} labels: fetch the files again")
         given[split] = _whole(x, labels)
+        shapes.add(x.shape[1:])
+    if len(shapes) > 1:
+        raise UserError(f"{folder}: training and test images have different sizes: fetch the files again")
     stamp = _stamp(sorted(folder.glob("*-ubyte*")))
     return Source("mnist", spec, x.shape[1:], "uint8", 256, tuple("0123456789"), _divide(given, options), stamp=stamp)
 
@@ -245,10 +250,12 @@ def _open_array(spec: str, place: str, options: SourceOptions) -> Source:
         raise UserError(
             f"{path}: labels are {labels.dtype} of shape {labels.shape}: give {len(x)} integers, one per sample"
         )
+    if labels is not None and int(labels.max()) > np.iinfo(np.int64).max:
+        raise UserError(f"{path}: the label {labels.max()} does not fit int64: number the classes from 0")
     parts = _divide({"train": _whole(x, labels)}, options)
     if real:
         for part in parts.values():
-            _check_finite(path, x, np.sort(part.rows))
+            _check_values(path, x, np.sort(part.rows))
     dtype, levels = ("float32", None) if real else ("uint8", 256)
     return Source(path.stem, spec, x.shape[1:], dtype, levels, None, parts, stamp=_stamp([path]))
 
@@ -257,32 +264,48 @@ def _read_arrays(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     """x, memory-mapped where the file allows, and labels where there are any."""
     if path.suffix not in (".npy", ".npz"):
         raise UserError(f"{path}: an array must be a .npy or .npz file: save it with numpy.save")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: not a file: check the path")
     try:
         if path.suffix == ".npy":
-            return np.load(path, mmap_mode="r", allow_pickle=False), None
+            return _array(np.load(path, mmap_mode="r", allow_pickle=False)), None
         with np.load(path, allow_pickle=False) as archive:
             label_keys = [key for key in ("y", "label", "labels") if key in archive.files]
             others = [key for key in archive.files if key not in label_keys]
             if "x" not in others and len(others) != 1:
                 found = ", ".join(archive.files) or "nothing"
                 raise UserError(f"{path}: holds {found}: name the array of samples x")
-            labels = archive[label_keys[0]] if label_keys else None
-            return archive["x" if "x" in others else others[0]], labels
+            labels = _array(archive[label_keys[0]]) if label_keys else None
+            return _array(archive["x" if "x" in others else others[0]]), labels
     except OSError as error:
         raise io_error(error, str(path), "read") from error
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except UserError:
+        raise
+    except Exception as error:  # NumPy, its header's parser, zipfile and zlib have a dozen kinds for damaged files
         objects = "object" in str(error).lower() or "pickle" in str(error)
         reason = "holds Python objects" if objects else "truncated or not a NumPy file"
+        if isinstance(error, MemoryError):
+            reason = "announces more than this machine's memory holds"
         raise UserError(f"{path}: {reason}: save plain numbers with numpy.save or numpy.savez") from error
 
 
-def _check_finite(path: Path, x: np.ndarray, rows: np.ndarray) -> None:
+def _array(found: Any) -> np.ndarray:
+    if not isinstance(found, np.ndarray):  # an archive under the name of an array, or a text in an archive
+        raise ValueError("not an array")
+    return found
+
+
+def _check_values(path: Path, x: np.ndarray, rows: np.ndarray) -> None:
     step = max(1, (8 << 20) // max(1, x[0].nbytes))
     for start in range(0, len(rows), step):
         # In the type that is stored: a float64 beyond the range of float32 becomes infinite.
         with np.errstate(over="ignore"):
             chunk = x[rows[start : start + step]].astype(np.float32).reshape(len(rows[start : start + step]), -1)
-        finite = np.isfinite(chunk).all(axis=1)
-        if not finite.all():
-            row = rows[start + int(np.argmin(finite))]
+        extent = np.abs(chunk).max(axis=1)
+        usable = extent <= MAX_MAGNITUDE  # false for NaN
+        if not usable.all():
+            first = int(np.argmin(usable))
+            row = rows[start + first]
+            if np.isfinite(extent[first]):
+                raise UserError(f"{path}: row {row} holds values beyond {MAX_MAGNITUDE:g} in size: rescale the data")
             raise UserError(f"{path}: row {row} holds NaN or infinite values (as float32): remove or repair it")

@@ -25,7 +25,8 @@ def check_url(url: str) -> str:
     """Returns `url` with local paths made absolute; refuses anything that is not a plain path or an allowed scheme.
 
     Raises:
-        UserError: an empty URL, a chained URL, or a scheme outside `ALLOWED_SCHEMES` (above all `pipe:`).
+        UserError: an empty URL, a chained URL, a name that no file can have, or a scheme outside `ALLOWED_SCHEMES`
+            (above all `pipe:`).
     """
     text = str(url).strip()
     if not text:
@@ -34,15 +35,41 @@ def check_url(url: str) -> str:
         raise UserError(f"refused {text!r}: chained URLs are not allowed; give one plain path or URL")
     scheme = _SCHEME.match(text)
     if scheme is None:
-        return os.path.abspath(os.path.expanduser(text))
+        return _local_path(os.path.expanduser(text))
     if scheme.group(1).lower() not in ALLOWED_SCHEMES:
         raise UserError(
             f"refused {text!r}: shards are never read through {scheme.group(1)!r}; "
             f"use a path or one of {', '.join(ALLOWED_SCHEMES)}"
         )
     if scheme.group(1).lower() == "file":
-        return os.path.abspath(re.sub(r"^file:(//)?", "", text, flags=re.IGNORECASE))
+        return _local_path(re.sub(r"^file:(//)?", "", text, flags=re.IGNORECASE))
     return text
+
+
+def _local_path(path: str) -> str:
+    """An absolute path; refuses names that no file can have, which else fail in every call in another way."""
+    whole = os.path.abspath(path)
+    try:
+        parts = os.fsencode(whole).split(b"/")
+    except UnicodeEncodeError:
+        parts = [b"\0"]
+    # Braces stand for several names: each is checked when they are expanded.
+    if any(b"\0" in part or (len(part) > 255 and b"{" not in part) for part in parts):
+        raise UserError(f"refused {path!r}: no file can have this name; give another")
+    return whole
+
+
+def check_name(name: str) -> str:
+    """The name, where it can be written into a manifest.
+
+    Raises:
+        UserError: it holds bytes that are not UTF-8.
+    """
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"refused the name {name!r}: it is not UTF-8; rename the file or folder") from None
+    return name
 
 
 def is_local(url: str) -> bool:
@@ -127,6 +154,8 @@ def publish(url: str) -> Iterator[IO[bytes]]:
                 handle.close()
             with contextlib.suppress(Exception):
                 os.unlink(target) if local else handle.discard()
+        if isinstance(error, NotImplementedError):  # HTTP
+            raise UserError(f"cannot write {url}: such a store can only be read; give a path or another URL") from error
         if isinstance(error, OSError):
             raise io_error(error, url, "write") from error
         raise
@@ -135,7 +164,7 @@ def publish(url: str) -> Iterator[IO[bytes]]:
 def write_text(url: str, text: str) -> None:
     """Writes a text file whole or not at all."""
     with publish(url) as handle:
-        handle.write(text.encode())
+        handle.write(text.encode(errors="backslashreplace"))  # a file name in it may be no text
 
 
 def exists(url: str) -> bool:

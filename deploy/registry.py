@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -13,7 +14,7 @@ import numpy as np
 
 from data import storage
 from data.errors import UserError
-from trainer.tracking import mlflow_client, mlflow_errors
+from trainer.tracking import database_file, mlflow_client, mlflow_errors
 
 # Tag of a version that was registered to the end.
 COMPLETE = "manymodes.complete"
@@ -40,6 +41,7 @@ def register_model(
         UserError: the tracking server fails, or the folder holds no model.
     """
     import mlflow
+    from mlflow.exceptions import MlflowException
     from mlflow.models.signature import ModelSignature
     from mlflow.types import DataType, ParamSchema, ParamSpec, Schema, TensorSpec
 
@@ -78,7 +80,8 @@ def register_model(
             )
         client = mlflow_client(tracking_uri)
         if not client.search_registered_models(f"name = '{name}'"):
-            client.create_registered_model(name)
+            with contextlib.suppress(MlflowException):  # another job may create it; if none does, the next call fails
+                client.create_registered_model(name)
         created = client.create_model_version(name, info.model_uri, run_id, model_id=info.model_id)
         version = str(created.version)
         for key, value in scores.items():
@@ -117,8 +120,8 @@ def fetch_model(uri: str, tracking_uri: str) -> str:
     """
     import mlflow
 
-    database = tracking_uri.removeprefix("sqlite:///")
-    if database != tracking_uri and not Path(database).exists():
+    database = database_file(tracking_uri)
+    if database is not None and not database.exists():
         raise UserError(
             f"no MLflow database at {database}: run this in the folder of the job, or give --tracking-uri"
         )

@@ -22,6 +22,7 @@ from scipy import sparse
 
 from data import kmeans, storage
 from data.errors import UserError
+from data.limits import MAX_MAGNITUDE, MAX_SEED
 
 # Rows are handled in blocks of about this many bytes: memory stays flat, and float32 sums stay short (see _means).
 _BLOCK_BYTES = 32 * 2**20
@@ -37,7 +38,7 @@ class BinSettings(BaseModel):
     max_dimensions: int | None = Field(None, ge=1, description="cluster so many random dimensions; empty: all")
     n_init: int = Field(10, ge=1, description="K-means initialisations; the best one is kept")
     whiten: bool = Field(False, description="divide each feature by the reference's standard deviation")
-    seed: int = Field(0, ge=0, description="seed of the subsets and the initialisations")
+    seed: int = Field(0, ge=0, le=MAX_SEED, description="seed of the subsets and the initialisations")
 
 
 @dataclass(frozen=True)
@@ -266,6 +267,8 @@ def _value_range(values: np.ndarray, name: str) -> tuple[float, float]:
     low, high = float(values.min()), float(values.max())
     if not (math.isfinite(low) and math.isfinite(high)):
         raise UserError(f"{name}: the samples hold NaN or infinite values: remove them first")
+    if max(abs(low), abs(high)) > MAX_MAGNITUDE:
+        raise UserError(f"{name}: the samples hold values beyond {MAX_MAGNITUDE:g} in size: rescale them first")
     return low, high
 
 

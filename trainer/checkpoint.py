@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,24 +88,43 @@ def load_model(folder: str) -> tuple[Any, dict[str, Any]]:
     """The model stored in a folder (in evaluation mode) and its `model.json`.
 
     Raises:
-        UserError: the folder holds no model, or a damaged one.
+        UserError: the folder holds no model, a damaged one, one of another format, or weights that are not finite.
     """
     base = storage.check_url(folder)
     document = _read_json(storage.join(base, "model.json"))
+    if document.get("format") != FORMAT:
+        raise UserError(f"model {folder}: format {document.get('format')!r} is not known; use the version that made it")
     try:
         family = importlib.import_module(f"trainer.models.{document['family']}")
         model = family.MODEL(**document["arguments"])
         model.load_state_dict(_read_tensors(storage.join(base, "weights.safetensors")))
-    except (KeyError, ImportError, TypeError, ValueError, RuntimeError) as error:
+        _check_model(model, document["data"])
+    except (LookupError, ImportError, AttributeError, TypeError, ValueError, RuntimeError, MemoryError) as error:
         raise UserError(f"model {folder}: cannot be loaded ({one_line(error)}); train it again") from error
     return model.eval(), document
+
+
+def _check_model(model: Any, data: Any) -> None:
+    """Raises ValueError or TypeError where `model.json` does not fit the network, or weights are not finite."""
+    shape, levels = data["shape"], data.get("levels")
+    if not (isinstance(shape, list) and all(type(size) is int and size > 0 for size in shape)):
+        raise ValueError(f"the shape {shape!r} is no list of positive numbers")
+    if math.prod(shape) != model.n_features:
+        raise ValueError(f"the shape {shape} does not hold the network's {model.n_features} features")
+    if levels is not None and not (type(levels) is int and levels >= 2):
+        raise ValueError(f"{levels!r} is no number of levels")
+    if not isinstance(data["name"], str) or not isinstance(data["fingerprint"], str):
+        raise ValueError("the name or the fingerprint of the data is no text")
+    for name, value in model.state_dict().items():
+        if not bool(torch.isfinite(value).all()):
+            raise ValueError(f"{name} holds NaN or infinite values")
 
 
 def _read_json(url: str) -> dict[str, Any]:
     try:
         document = json.loads(storage.read_bytes(url))
-    except ValueError as error:
-        raise UserError(f"{url} is damaged ({error}); start from an earlier or a new run") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{url} is damaged ({one_line(error)}); start from an earlier or a new run") from error
     if not isinstance(document, dict):
         raise UserError(f"{url} is damaged: it is not a JSON object; start from an earlier or a new run")
     return document

@@ -86,7 +86,7 @@ def train(
 
 
 def _mix(seed: int, step: int, rank: int) -> int:
-    return (seed * 1_000_003 + step) * 65_537 + rank
+    return ((seed * 1_000_003 + step) * 65_537 + rank) % 2**63  # torch takes 64 bits
 
 
 def _batches(

@@ -6,6 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from data.limits import MAX_SEED
+
 TRAIN_SPLIT = "train"
 
 
@@ -76,7 +78,9 @@ class TrainingSettings(Settings):
     em: EMSettings = Field(default_factory=lambda: EMSettings())
     steps: int = Field(1000, ge=0, description="optimiser steps in all")
     batch_size: int = Field(256, ge=1, description="samples per step over all workers together")
-    seed: int = Field(0, ge=0, description="fixes the order of the data, the dequantisation and the initialisation")
+    seed: int = Field(
+        0, ge=0, le=MAX_SEED, description="fixes the order of the data, the dequantisation and the initialisation"
+    )
     dequantise: bool = Field(True, description="add uniform noise to integer pixels, x = (v + u) / levels in [0, 1)")
     augment: list[Literal["mirror"]] = Field(
         default_factory=list, description="random changes of the training samples, anew in every epoch"

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 import socket
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
+
+from filelock import FileLock, Timeout
 
 # Read by MLflow at import: no telemetry, no chatter, and an unreachable server fails in seconds, not in minutes.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "true")
-os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "CRITICAL")  # its errors are raised as well
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_DISABLE_AGENT_HINT", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
@@ -26,17 +32,75 @@ from data.errors import UserError, one_line
 # MLflow is imported where it is used: it costs a second, and most worker processes record nothing.
 
 
+_SQLITE = "sqlite:///"
+# What another process may take to create a database.
+_CREATION_SECONDS = 120.0
+
+
 def mlflow_client(uri: str) -> Any:
-    """A client of the runs and of the model registry at one address, whatever this process talked to before."""
+    """A client of the runs and of the model registry at one address, whatever this process talked to before.
+
+    Raises:
+        UserError: a SQLite database that is not there yet cannot be created.
+    """
     from mlflow.tracking import MlflowClient
 
+    path = database_file(uri)
+    if path is not None and not path.exists():
+        with mlflow_errors(uri):
+            _create_database(path)
     return MlflowClient(uri, registry_uri=uri)
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What MLflow lets through: its own exceptions, the database's, missing drivers, unusable addresses and files."""
+    from alembic.util import CommandError
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return MlflowException, SQLAlchemyError, CommandError, ImportError, ValueError, OSError
 
 
 def _mlflow_exception() -> type[Exception]:
     from mlflow.exceptions import MlflowException
 
     return MlflowException
+
+
+def database_file(uri: str) -> Path | None:
+    """The file of a SQLite tracking URI as `resolve_uri` gives it; None for a server."""
+    if not uri.startswith(_SQLITE):
+        return None
+    return Path(uri.removeprefix(_SQLITE).partition("?")[0])
+
+
+def _create_database(path: Path) -> None:
+    """Creates MLflow's database whole or not at all, by one process: MLflow cannot go on with a part of its tables."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    name = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
+    lock = FileLock(Path(tempfile.gettempdir()) / f"manymodes-{name}.lock")
+    try:
+        lock.acquire(timeout=_CREATION_SECONDS)
+    except Timeout as error:
+        raise UserError(f"another process has been creating {path} for minutes: end it, or try again") from error
+    partial = path.with_name(path.name + ".partial")
+    try:
+        if path.exists():  # the other process has created it
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_database(partial)  # of a process that was killed
+        store = SqlAlchemyStore(f"{_SQLITE}{partial}", (path.parent / "mlruns").as_uri())
+        store.engine.dispose()
+        os.replace(partial, path)
+    finally:
+        _remove_database(partial)
+        lock.release()
+
+
+def _remove_database(path: Path) -> None:
+    for ending in ("", "-journal", "-wal", "-shm"):
+        path.with_name(path.name + ending).unlink(missing_ok=True)
 
 
 def resolve_uri(uri: str | None) -> str:
@@ -46,16 +110,29 @@ def resolve_uri(uri: str | None) -> str:
     because workers run elsewhere.
 
     Raises:
-        UserError: a scheme that MLflow cannot track to.
+        UserError: a malformed address, a scheme that MLflow cannot track to, or a SQLite path that is no file.
     """
     text = uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
-    scheme = urlsplit(text).scheme
+    try:
+        scheme = urlsplit(text).scheme
+    except ValueError as error:
+        raise UserError(f"tracking URI {text!r} is malformed ({one_line(error)}): give http(s)://HOST:PORT") from error
     if scheme == "sqlite":
-        path = text.removeprefix("sqlite:///")
-        return f"sqlite:///{os.path.abspath(path)}"
+        return _resolve_sqlite(text)
     if scheme.partition("+")[0] not in ("http", "https", "postgresql", "mysql", "mssql"):
         raise UserError(f"tracking URI {text!r} is not usable: give sqlite:///FILE.db or http(s)://HOST:PORT")
     return text
+
+
+def _resolve_sqlite(text: str) -> str:
+    name, sign, options = text.removeprefix(_SQLITE).partition("?")
+    path = Path(os.path.abspath(name))
+    if not text.startswith(_SQLITE) or name in ("", ":memory:") or (path.exists() and not path.is_file()):
+        raise UserError(f"tracking URI {text!r} does not name a database file: give sqlite:///FILE.db")
+    if "?" in str(path) or unquote(str(path)) != str(path):
+        # SQLAlchemy decodes the path of its URL, MLflow does not: one of them would end up in another folder.
+        raise UserError(f"MLflow cannot keep a database at {path}, for the ? or % in it: use another folder")
+    return f"{_SQLITE}{path}{sign}{options}"
 
 
 def probe(uri: str) -> None:
@@ -79,11 +156,15 @@ def probe(uri: str) -> None:
 
 @contextmanager
 def mlflow_errors(uri: str) -> Iterator[None]:
-    """Turns MLflow's failures into one line that names the address."""
+    """Turns MLflow's failures, its database's and its drivers' into one line that names the address."""
     try:
         yield
-    except _mlflow_exception() as error:
+    except Exception as error:
+        if not isinstance(error, _failures()):
+            raise
         place = _without_password(uri)
+        if isinstance(error, ImportError):
+            raise UserError(f"MLflow at {place} needs a package ({one_line(error)}): install it") from error
         if getattr(error, "error_code", None) in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise UserError(
                 f"MLflow at {place}: {_reason(error)}; check the name, and that this is the right MLflow "
@@ -129,10 +210,17 @@ def start_run(
 
 
 def _create_experiment(client: Any, uri: str, name: str) -> str:
-    location = None
-    if uri.startswith("sqlite:///"):  # artifacts lie beside the database, wherever the process that writes them is
-        location = "file://" + os.path.join(os.path.dirname(uri.removeprefix("sqlite:///")), "mlruns", name)
-    return str(client.create_experiment(name, artifact_location=location))
+    location, database = None, database_file(uri)
+    if database is not None:  # artifacts lie beside the database, wherever the process that writes them is
+        folder = re.sub(r"[^\w -]", "_", name)[:100]
+        location = (database.parent / "mlruns" / folder).as_uri()
+    try:
+        return str(client.create_experiment(name, artifact_location=location))
+    except _mlflow_exception():
+        found = client.get_experiment_by_name(name)
+        if found is None:
+            raise
+        return str(found.experiment_id)  # another job has created it in the meantime
 
 
 def resume_run(uri: str, run_id: str) -> bool:
@@ -208,7 +296,9 @@ class RunLogger:
             for i in range(0, len(batch), 1000):
                 self.client.log_batch(self.run_id, metrics=batch[i : i + 1000])
             self.failures = 0
-        except _mlflow_exception() as error:
+        except Exception as error:
+            if not isinstance(error, _failures()):
+                raise
             print(f"manymodes: metrics were not recorded in MLflow: {_reason(error)}", file=sys.stderr)
             self.failures += 1
             if self.failures == 3:  # each try may wait for a silent server
@@ -265,7 +355,9 @@ class SubMixtureRuns:
     def _forgiven(self) -> Iterator[None]:
         try:
             yield
-        except _mlflow_exception() as error:
+        except Exception as error:
+            if not isinstance(error, _failures()):
+                raise
             print(f"manymodes: sub-mixtures are not recorded in MLflow: {_reason(error)}", file=sys.stderr)
             self.usable = False  # each try may wait for a silent server
 

@@ -2,7 +2,13 @@
 
 import errno
 import json
+import os
+import signal
+import socket
+import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -143,6 +149,11 @@ def test_evaluate_refusals(call, array_file, tmp_path):
     refuses(call("evaluate", r), "--reference")
     refuses(call("sample", "nowhere", "--out", "x.png"), "nowhere")
     refuses(call("sample", "nowhere", "--out", "x.gif"), ".png")
+    refuses(call("sample", "nowhere", "--out", "x.npy", "-n", 10**9), "-n")
+    refuses(call("evaluate", r, "--reference", r, "-n", 10**9), "-n")
+    refuses(call("evaluate", r, "--reference", r, "--seed", 2**32), "--seed")
+    huge = array_file(np.full((30, 4), 1e30), "huge.npy")
+    refuses(call("evaluate", huge, "--reference", r, "--bins", 10), "huge.npy", "rescale")
 
 
 def test_a_truncated_shard_is_refused(call, tmp_path):
@@ -194,6 +205,28 @@ def test_run_refusals_leave_nothing(call, tmp_path, images):
     (images / "a" / "00.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
     refuses(call("run", "digits", "--out", "o", "--set", f"data.source=images:{images}"), "00.png")
     assert not list(tmp_path.glob("o/**/*.*"))
+
+
+@pytest.mark.parametrize("answer", [None, b"HTTP/1.1 400 Bad Request\r\n\r\n", b""])
+def test_what_listens_at_the_address_is_not_ray(call, monkeypatch, answer):
+    monkeypatch.setattr("cluster.session.ANSWER_SECONDS", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve():
+            connection, _ = server.accept()
+            with connection:
+                if answer is None:
+                    time.sleep(1)
+                else:
+                    connection.sendall(answer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        refuses(call("run", "digits", "--out", "o", "--ray-address", address), address, "does not answer")
+        thread.join()
+    for address in ("a" * 100 + ":9", ".:9", "127.0.0.1:9\n", "[::1"):
+        refuses(call("run", "digits", "--out", "o", "--ray-address", address), "Ray a")
 
 
 def test_data_that_cannot_be_judged_is_refused_before_training(call, tmp_path, array_file):
@@ -312,3 +345,75 @@ def test_questions_refuse_in_one_line(call, small_model, array_file):
     refuses(call("inpaint", small_model, "--data", "digits", "--out", "x.jpg"), ".png")
     refuses(call("traverse", small_model, "--out", "p", "--component", 5), "0 to 4")
     refuses(call("traverse", small_model, "--out", "p", "--factors", 0, 3), "0 to 2")
+
+
+def test_too_little_memory_is_told_in_one_line(call, monkeypatch):
+    def torch_fails():
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. can't allocate memory: 800000000000 bytes")
+
+    monkeypatch.setattr("cluster.recipe.shipped_recipes", torch_fails)
+    refuses(call("recipes"), "not enough memory")
+
+
+MANYMODES = os.path.join(os.path.dirname(sys.executable), "manymodes")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("after", [0.15, 1.0])
+def test_an_interruption_is_one_line(tmp_path, array_file, number, after):
+    x = array_file(np.random.default_rng(0).random((60_000, 100)))
+    command = [MANYMODES, "evaluate", x, "--reference", x, "--bins", "100"]
+    job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    time.sleep(after)
+    job.send_signal(number)
+    _, err = job.communicate(timeout=60)
+    assert job.returncode == 130, err
+    assert err.splitlines()[-1].startswith("manymodes: interrupted")
+    assert "Traceback" not in err
+
+
+RAY_THEN_SIGTERM = """
+import os, signal, sys
+from cluster.entry import leave_interrupted, prepare
+from cluster.session import ray_session
+prepare()
+try:
+    with ray_session(None, 1):
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.pause()
+except KeyboardInterrupt:
+    leave_interrupted()
+"""
+
+
+def test_sigterm_ends_a_job_that_runs_ray(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", RAY_THEN_SIGTERM], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 130, done.stderr
+    assert done.stderr.splitlines() == ["manymodes: interrupted; the same command goes on where it stopped"]
+
+
+@pytest.mark.parametrize(
+    ("redirection", "code"), [(">&- 2>&-", 0), ("<&- >&-", 0), (">/dev/full", 2), ("| true", None)]
+)
+def test_streams_that_are_closed_or_full(tmp_path, redirection, code):
+    command = f"{MANYMODES} recipes {redirection}"
+    done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert code is None or done.returncode == code
+    expected = ["manymodes: cannot use the output: the disk is full: free some space or choose another folder"]
+    assert done.stderr.splitlines() == (expected if code == 2 else [])
+
+
+def test_names_are_printed_as_they_are(call, array_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    x = array_file(np.zeros((20, 3)))
+    code, out, _ = call("pack", f"array:{x}", "o[red]x[/b]:smile:")
+    assert code == 0
+    assert "o[red]x[/b]:smile:" in out.replace("\n", "")
+    refuses(call("pack", "array:a\nb\x1b[31m.npy", "d"), r"a\nb\x1b[31m.npy")
+    done = subprocess.run(
+        [MANYMODES, "pack", f"array:{x}", "é"],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr

@@ -55,7 +55,17 @@ def test_what_decides_the_model_does(override):
         (["training.steps"], ["write --set training.steps=500"]),
         (["name.x=1"], ["'name' is a value"]),
         (["training.steps=[1"], ["not valid YAML"]),
+        (["training.steps=2020-99-99"], ["not valid YAML", "month"]),
+        (["training.steps=!!timestamp x"], ["not valid YAML"]),
+        (["training.steps=" + "9" * 5000], ["not valid YAML"]),
+        (["training.steps=" + "[" * 5000], ["nested too deeply"]),
+        (["training.steps=&a [*a]"], ["aliases"]),
         (["data=null"], ["data"]),
+        (["registry.alias=v1"], ["registry.alias", "choose another"]),
+        (["registry.alias=Latest"], ["registry.alias", "choose another"]),
+        (["training.seed=4294967296"], ["training.seed", "less than or equal to 4294967295"]),
+        (["evaluation.seed=4294967296", "data.options.seed=4294967296"], ["evaluation.seed", "data.options.seed"]),
+        (["evaluation.n_samples=100000000000"], ["evaluation.n_samples", "100000000"]),
     ],
 )
 def test_faults_are_one_line(overrides, parts):
@@ -73,6 +83,9 @@ def test_faults_are_one_line(overrides, parts):
         ("- 1\n", "not a mapping"),
         ("a: [1\n", "cannot be read as YAML"),
         ("data: {source: digits}\n", "'name' is missing"),
+        ("a: " + "[" * 20_000, "nested too deeply"),
+        ("a: &a [1]\nb: [*a]\n", "aliases"),
+        ("#" * 1_000_001, "1,000,000 bytes"),
     ],
 )
 def test_recipe_files(tmp_path, text, part):
@@ -86,3 +99,6 @@ def test_recipe_files(tmp_path, text, part):
 def test_unknown_recipe_names_the_nearest():
     with pytest.raises(UserError, match="did you mean 'digits'"):
         load_recipe("digit")
+    for name in ("a" * 5000, "a\0b", ""):
+        with pytest.raises(UserError, match="unknown recipe"):
+            load_recipe(name)

@@ -65,7 +65,8 @@ def test_arrays_and_json(tmp_path):
 def test_braces():
     assert expand_urls(["/d/{08..11}.tar"]) == [f"/d/{i:02d}.tar" for i in range(8, 12)]
     assert expand_urls(["s3://b/{a,b}-{1..2}.tar"]) == [f"s3://b/{c}-{i}.tar" for c in "ab" for i in (1, 2)]
-    for wrong in ("/d/{5..1}.tar", "/d/{x}.tar", "/d/{0..99999999}.tar"):
+    many = ("/d/{0..999}{0..9999}.tar", "/d/" + "{a,b}" * 500, f"/d/{{0..{'9' * 5000}}}.tar")
+    for wrong in ("/d/{5..1}.tar", "/d/{x}.tar", "/d/{0..99999999}.tar", *many):
         with pytest.raises(UserError):
             expand_urls([wrong])
     with pytest.raises(UserError, match="no shards"):
@@ -159,6 +160,12 @@ def test_compressed_tars_are_refused(tmp_path):
         [("a.png", b"no image")],
         [("a.png", png(1)), ("a.cls", b"cat")],
         [("a.png", png(1)), ("a.json", b"{")],
+        [("a.png", png(1)), ("a.cls", b"9" * 30)],
+        [("a.png", png(1)), ("a.json", b'{"label": 99999999999999999999}')],
+        [("a.npy", npy(np.ones(3) * 1j))],
+        [("a.npy", npy(np.array(["a", "b"])))],
+        [("a.npy", npy(np.zeros(3, "V8")))],
+        [("a.npy", npy(np.zeros(3, [("a", "f4"), ("b", "f4")])))],
         [("a.png", png(1)), ("a.png", png(2))],
         [("a.png", png(1)), ("a.__bad__", b"1")],
     ],

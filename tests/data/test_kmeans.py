@@ -65,6 +65,11 @@ def test_bad_input_is_the_users_fault():
     x[7, 1] = np.nan
     with pytest.raises(UserError, match="sample 7"):
         kmeans.fit(x, 3)
+    x[7, 1] = -1e30
+    with pytest.raises(UserError, match="sample 7 .* rescale"):
+        kmeans.fit(x, 3)
+    with pytest.raises(UserError, match="sample 7 .* rescale"):
+        kmeans.assign(x, x[:3])
     x[7, 1] = np.inf
     with pytest.raises(UserError, match="sample 7"):
         kmeans.assign(x, x[:3])

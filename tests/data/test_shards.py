@@ -193,9 +193,15 @@ def test_faulty_manifests_are_refused(tmp_path):
     wrong = json.loads(json.dumps(good["splits"]))
     wrong["train"]["samples"] += 1
     refused("do not add up", splits=wrong)
-    path.write_text("{")
-    with pytest.raises(UserError, match="no JSON"):
-        manifests.load_manifest(str(tmp_path / "p"))
+    endless = json.loads(json.dumps(good["splits"]))
+    shard = endless["train"]["shards"][0]
+    shard["members"][0][0] = 10**18
+    endless["train"]["samples"] = shard["samples"] = sum(rows for rows, _ in shard["members"])
+    refused("more rows than bytes", splits=endless)
+    for text in ("{", "[" * 100_000):
+        path.write_text(text)
+        with pytest.raises(UserError, match="no JSON"):
+            manifests.load_manifest(str(tmp_path / "p"))
     path.unlink()
     with pytest.raises(UserError, match=r"no manifest\.json"):
         manifests.load_manifest(str(tmp_path / "p"))

@@ -1,5 +1,7 @@
 import gzip
+import os
 import struct
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +66,12 @@ def test_mnist_files_of_either_name(tmp_path, dot, end):
     write_idx(bad, np.zeros((30, 5, 4), np.uint8))
     bad.write_bytes(bad.read_bytes()[:-20])
     with pytest.raises(UserError, match="fetch it again"):
+        open_source(f"mnist:{tmp_path}")
+    write_idx(bad, np.zeros((30, 0, 4), np.uint8))
+    with pytest.raises(UserError, match="fetch the files again"):
+        open_source(f"mnist:{tmp_path}")
+    write_idx(bad, np.zeros((30, 4, 5), np.uint8))
+    with pytest.raises(UserError, match="different sizes"):
         open_source(f"mnist:{tmp_path}")
     bad.unlink()
     with pytest.raises(UserError, match="no file"):
@@ -134,9 +142,22 @@ def test_faulty_images_are_named(tmp_path):
     source = open_source(f"images:{tmp_path}", SourceOptions(test_fraction=0))
     with pytest.raises(UserError, match=r"b\.png"):
         gather(source, "train")
+    (tmp_path / "b.png").unlink()
+    os.mkfifo(tmp_path / "b.png")
+    with pytest.raises(UserError, match=r"b\.png: not a file"):
+        open_source(f"images:{tmp_path}")
+    (tmp_path / "b.png").unlink()
+    Image.fromarray(np.zeros((10_000, 10_000), np.uint8)).save(tmp_path / "b.png")
+    with pytest.raises(UserError, match=r"b\.png.*bomb"):
+        open_source(f"images:{tmp_path}")
     Image.fromarray(np.zeros((6, 8), np.uint16)).save(tmp_path / "b.png")
     with pytest.raises(UserError, match="8 bits"):
         open_source(f"images:{tmp_path}")
+    (tmp_path / "b.png").rename(tmp_path / "cl\udcff.png")
+    with pytest.raises(UserError, match="not UTF-8"):
+        open_source(f"images:{tmp_path}")
+    with pytest.raises(UserError, match="not UTF-8"):
+        open_source("images:\udcff")
 
 
 def test_arrays(tmp_path):
@@ -166,6 +187,7 @@ def test_faulty_arrays_are_refused(tmp_path):
     x[[31, 12], 2] = np.nan
     refused("row 12 ", x)
     refused("row 3 ", np.where(np.arange(10)[:, None] == 3, 1e300, np.ones((10, 2))))
+    refused("row 3 .* rescale", np.where(np.arange(10)[:, None] == 3, -1e30, np.ones((10, 2))))
     refused("Python objects", np.array([{}, {}]), allow_pickle=True)
     refused("int64", np.ones((4, 2), np.int64))
     refused("no samples", np.ones(4))
@@ -182,6 +204,39 @@ def test_faulty_arrays_are_refused(tmp_path):
         open_source(f"array:{tmp_path / 'y.npz'}")
     with pytest.raises(UserError, match="check the path"):
         open_source(f"array:{tmp_path / 'missing.npy'}")
+    np.savez(tmp_path / "y.npz", x=np.ones((4, 2)), y=np.full(4, 2**64 - 1, np.uint64))
+    with pytest.raises(UserError, match="int64"):
+        open_source(f"array:{tmp_path / 'y.npz'}")
+
+
+def announcing(shape):
+    """A .npy file of 40 bytes that announces another shape."""
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}".encode().ljust(117) + b"\n"
+    return b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header + b"\0" * 40
+
+
+@pytest.mark.parametrize("shape", ["(4000000000000, 4)", f"({10**30}, 4)", "(-5, 4)", "(" * 4000, "(1," * 99])
+def test_arrays_that_lie_are_refused(tmp_path, shape):
+    (tmp_path / "x.npy").write_bytes(announcing(shape))
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        archive.writestr("x.npy", announcing(shape))
+    for name in ("x.npy", "x.npz"):
+        with pytest.raises(UserError, match="x.npy|x.npz") as caught:
+            open_source(f"array:{tmp_path / name}")
+        assert "\n" not in str(caught.value)
+
+
+def test_files_under_another_s_name_are_refused(tmp_path):
+    np.savez(tmp_path / "a.npz", x=np.ones((4, 2)))
+    (tmp_path / "a.npz").rename(tmp_path / "a.npy")
+    with zipfile.ZipFile(tmp_path / "text.npz", "w") as archive:
+        archive.writestr("x.npy", "hello")
+    np.save(tmp_path / "b.npy", np.ones((4, 2)))
+    (tmp_path / "b.npy").rename(tmp_path / "b.npz")
+    os.mkfifo(tmp_path / "pipe.npy")
+    for name in ("a.npy", "text.npz", "b.npz", "pipe.npy"):
+        with pytest.raises(UserError, match=name):
+            open_source(f"array:{tmp_path / name}")
 
 
 def test_svhn_reads_matlab_files(tmp_path):

@@ -4,7 +4,13 @@ from data import storage
 from data.errors import UserError
 
 
-@pytest.mark.parametrize("url", ["pipe:touch /tmp/x", "PIPE:cat", "ssh://host/x", "simplecache::s3://b/k", "a::b", ""])
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("pipe:touch /tmp/x", "PIPE:cat", "ssh://host/x", "simplecache::s3://b/k", "a::b", ""),
+        *("a\0b", "\ud800", "a/" + "b" * 256),
+    ],
+)
 def test_refuses_what_is_not_a_plain_place(url):
     with pytest.raises(UserError):
         storage.check_url(url)
@@ -35,6 +41,11 @@ def test_publish_is_whole_or_not_at_all(tmp_path):
         die()
     assert target.read_text() == "old"
     assert storage.names(str(target.parent)) == ["file"]
+
+
+def test_a_store_that_can_only_be_read_is_told_in_one_line():
+    with pytest.raises(UserError, match="can only be read"):
+        storage.write_text("http://127.0.0.1:9/x", "text")
 
 
 def test_a_full_disk_is_told_in_one_line(tmp_path):
