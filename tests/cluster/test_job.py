@@ -203,7 +203,8 @@ def steps_logged(uri):
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(uri)
-    (run,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    (run,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
     return [metric.step for metric in client.get_metric_history(run.info.run_id, "train/loss")]
 
 
@@ -262,3 +263,35 @@ def test_a_damaged_shard_ends_the_job_with_its_name(tmp_path, digits_pack):
     assert job.returncode != 0
     assert "UserError" in last
     assert shard.name in last
+
+
+def test_a_job_by_em_with_polish(tmp_path):
+    """Root, sub-mixtures and the flat model by EM; every sub-mixture has a child run, and a line in one table."""
+    from mlflow.tracking import MlflowClient
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    em = "{method: em, em: {iterations: 6, tolerance: -1}}"
+    changes = [
+        *(f"tracking.uri={uri}", "evaluation.baselines=[]", f"training={em}", "model.n_components=4"),
+        *("hierarchy.method=em", "hierarchy.em.iterations=5", f"hierarchy.polish={em}"),
+        *("hierarchy.noise_prior_count=5", "hierarchy.noise_prior_smoothing=1", "initialisation.noise_prior_count=1"),
+    ]
+    summary = run_job(load_recipe("digits", changes), str(tmp_path / "out"), quiet=True)
+    root, final = (row["log_likelihood"]["mean"] for row in summary["models"][1:])
+    assert final > root + 5
+    work = next((tmp_path / "out" / "work").iterdir())
+    flat, polished = load_model(str(work / "flat"))[0], load_model(str(work / "polish" / "model"))[0]
+    assert torch.equal(load_model(str(tmp_path / "out"/ "model"))[0].means, polished.means)
+    for model in (flat, polished):
+        assert model.mixing_coefficients.sum().item() == pytest.approx(1, abs=1e-12)
+    history = json.loads((work / "polish" / "result.json").read_text())["history"]
+    assert len(history) == 6
+    assert history[-1][1] < history[0][1]
+    client = MlflowClient(uri)
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    children = client.search_runs(experiments, f"tags.`mlflow.parentRunId` = '{summary['mlflow_run_id']}'")
+    assert len(children) == 4
+    assert sum(run.data.metrics["n_components"] for run in children) == flat.n_components
+    table = Path(client.download_artifacts(summary["mlflow_run_id"], "sub-mixtures.csv")).read_text().splitlines()
+    assert table[0] == "component,samples,n_components,log_likelihood,seconds"
+    assert sum(int(line.split(",")[1]) for line in table[1:]) == 1438
