@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -269,6 +270,9 @@ def test_a_job_by_em_with_polish(tmp_path):
     """Root, sub-mixtures and the flat model by EM; every sub-mixture has a child run, and a line in one table."""
     from mlflow.tracking import MlflowClient
 
+    from cluster.pipeline import run_job
+    from cluster.recipe import load_recipe
+
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     em = "{method: em, em: {iterations: 6, tolerance: -1}}"
     changes = [
@@ -281,7 +285,7 @@ def test_a_job_by_em_with_polish(tmp_path):
     assert final > root + 5
     work = next((tmp_path / "out" / "work").iterdir())
     flat, polished = load_model(str(work / "flat"))[0], load_model(str(work / "polish" / "model"))[0]
-    assert torch.equal(load_model(str(tmp_path / "out"/ "model"))[0].means, polished.means)
+    assert torch.equal(load_model(str(tmp_path / "out" / "model"))[0].means, polished.means)
     for model in (flat, polished):
         assert model.mixing_coefficients.sum().item() == pytest.approx(1, abs=1e-12)
     history = json.loads((work / "polish" / "result.json").read_text())["history"]
