@@ -47,7 +47,8 @@ def test_commands_run(finished_job, tmp_path, monkeypatch):
             cli.main()
         assert not exit_.value.code, command
     assert (tmp_path / "runs" / "missing.html").exists()
-    assert (tmp_path / "runs" / "samples.png").exists()
+    for name in ("samples.png", "outliers/outliers.csv", "completions.png", "traverse/interpolation.gif"):
+        assert (tmp_path / "runs" / name).exists()
 
 
 def test_python_example_runs(finished_job, tmp_path):
