@@ -81,6 +81,7 @@ class Iteration:
     samples: int
 
 
+@torch.no_grad()
 def fit_em(
     model: MFA,
     blocks: Callable[[int], Blocks],
@@ -115,7 +116,7 @@ def fit_em(
         statistics = expectation(model, precision, blocks(number), features)
         statistics.reduce()
         total, n, finite = statistics.totals.tolist()
-        objective = (total + float(model.log_prior().detach())) / max(n, 1)
+        objective = (total + float(model.log_prior())) / max(n, 1)
         if finite < n or not math.isfinite(objective):
             raise SharedError(
                 f"EM stopped at iteration {number + 1}: the log-likelihood of {n - finite:.0f} of {n:.0f} samples is "
@@ -124,6 +125,7 @@ def fit_em(
         # A component that is seeded late has no time to find its place.
         may_reseed = number < 0.7 * settings.iterations
         reseeded = maximisation(model, precision, statistics, reseed=may_reseed)
+        del precision, statistics  # as large as the model each, and a checkpoint will be, too
         on_iteration(Iteration(number + 1, total / max(n, 1), objective, reseeded, int(n)))
         if previous is not None and not reseeded and objective - previous < settings.tolerance:
             return

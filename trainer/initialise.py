@@ -112,18 +112,11 @@ def _start(
     variance = None if prior_variance is None else prior_variance.double().cpu()
     if count > 0 and variance is None:
         # It is the scale of the noise that counts here, not its last digit.
-        first = _analyse(model, flat, clusters, 0.0, None, constant, seed, n_iterations=10)
-        noise = torch.stack([part.noise_variance for part in first])
-        variance = _prior_variance(noise, mixing, settings.noise_prior_smoothing, shape)
-    parts = _analyse(model, flat, clusters, count, variance, constant, seed)
+        noise = _analyse(model, flat, clusters, 0.0, None, constant, seed, n_iterations=10).noise_variance
+        variance = _prior_variance(noise.double(), mixing, settings.noise_prior_smoothing, shape)
     if settings.method == "random":
         mixing = torch.full_like(mixing, 1 / len(mixing))
-    model.set_components(
-        mixing,
-        torch.stack([part.mean for part in parts]),
-        torch.stack([part.factor_loadings for part in parts]),
-        torch.stack([part.noise_variance for part in parts]),
-    )
+    model.set_components(mixing, *_analyse(model, flat, clusters, count, variance, constant, seed))
     if variance is not None:
         model.set_noise_prior(count, variance)
 
@@ -205,8 +198,11 @@ def _analyse(
     constant_noise: Tensor | None,
     seed: int,
     n_iterations: int = 30,
-) -> list[FactorAnalyser]:
-    parts = []
+) -> FactorAnalyser:
+    """A factor analysis per cluster, computed in float64; all of them stacked along the first axis."""
+    k, d = model.n_components, model.n_features
+    found = FactorAnalyser(torch.zeros(k, d), torch.zeros(k, d, model.n_factors), torch.zeros(k, d))
+    found = FactorAnalyser(*(part.to(model.means.dtype) for part in found))
     for k, rows in enumerate(clusters):
         members = torch.from_numpy(flat[rows] if len(rows) else flat).double()
         part = fit_factor_analyser(
@@ -222,5 +218,6 @@ def _analyse(
         if constant_noise is not None:
             noise = constant_noise.clamp_min(model.noise_floor)
             part = part._replace(noise_variance=noise.expand_as(part.noise_variance))
-        parts.append(part)
-    return parts
+        for stacked, values in zip(found, part, strict=True):
+            stacked[k] = values
+    return found

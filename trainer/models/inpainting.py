@@ -123,8 +123,11 @@ def _fill(
     loadings, means = model.factor_loadings, model.means
     if mode == "mean":
         r = found.responsibilities()
-        weighted = (found.mean * r.unsqueeze(-1)).flatten(1)
-        return r @ means.double() + weighted @ loadings.double().mT.flatten(0, 1)
+        mean = r @ means.double()
+        for chosen in model.component_slices():
+            weighted = (found.mean[:, chosen] * r[:, chosen, None]).flatten(1)
+            mean += weighted @ loadings[chosen].double().mT.flatten(0, 1)
+        return mean
     if mode == "map":
         component = found.log_joint.argmax(1)
     else:

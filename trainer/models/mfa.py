@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 # Working memory of what is computed component by component (in float64).
-_WORKING_BYTES = 256 << 20
+_WORKING_BYTES = 64 << 20
 _CACHED_BYTES = 4 << 20
 
 
@@ -139,8 +139,16 @@ class MFA(nn.Module):
         origin = (self.mixing_coefficients.to(self.means.dtype) @ self.means).double().detach()
         log_mixing = self.mixing_logits.double().log_softmax(0)
         slices = self.component_slices()
-        parts = [[part.to(dtype) for part in self._precision(s, origin, log_mixing[s])] for s in slices]
-        columns = (column[0] if len(column) == 1 else torch.cat(column) for column in zip(*parts, strict=True))
+        if len(slices) == 1 or torch.is_grad_enabled():
+            parts = [[p.to(dtype).contiguous() for p in self._precision(s, origin, log_mixing[s])] for s in slices]
+            columns = [column[0] if len(column) == 1 else torch.cat(column) for column in zip(*parts, strict=True)]
+        else:  # the projections are as large as the loadings: never twice in memory
+            columns = []
+            for chosen in slices:
+                found = self._precision(chosen, origin, log_mixing[chosen])
+                columns = columns or [p.new_empty(self.n_components, *p.shape[1:], dtype=dtype) for p in found]
+                for column, part in zip(columns, found, strict=True):
+                    column[chosen] = part
         return Precision(origin.to(dtype), *columns)
 
     def _precision(self, chosen: slice, origin: Tensor, log_mixing: Tensor) -> tuple[Tensor, ...]:
