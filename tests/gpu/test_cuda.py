@@ -3,7 +3,10 @@
 import pytest
 import torch
 
+from trainer.em import fit_em
+from trainer.models.inpainting import inpaint
 from trainer.models.mfa import MFA
+from trainer.settings import EMSettings
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 
@@ -35,3 +38,26 @@ def test_sampling_on_the_gpu_is_reproducible():
     first = model.sample(32, torch.Generator("cuda").manual_seed(5))
     assert first.is_cuda
     assert torch.equal(first, model.sample(32, torch.Generator("cuda").manual_seed(5)))
+
+
+def test_em_equals_the_cpu():
+    x = model_on("cpu").sample(500, torch.Generator().manual_seed(1))
+    found = {}
+    for device in ("cpu", "cuda"):
+        model = model_on(device)
+        with torch.no_grad():
+            model.means.add_(0.05)
+        records = []
+        settings = EMSettings(iterations=4, tolerance=-1)
+        fit_em(model, lambda number: x.split(100), settings, on_iteration=records.append)
+        found[device] = records[-1].log_likelihood
+    assert found["cuda"] == pytest.approx(found["cpu"], rel=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["map", "mean"])
+def test_inpainting_equals_the_cpu(mode):
+    x = model_on("cpu").sample(20, torch.Generator().manual_seed(1))
+    observed = torch.rand(x.shape, generator=torch.Generator().manual_seed(2)) < 0.5
+    cpu = inpaint(model_on("cpu"), x, observed, mode=mode)
+    cuda = inpaint(model_on("cuda"), x.cuda(), observed.cuda(), mode=mode).cpu()
+    assert torch.allclose(cpu, cuda, atol=1e-4)
