@@ -220,6 +220,8 @@ def _split(recipe: Recipe, manifest: Manifest, work: str, job: Job, uri: str, st
     polish = recipe.splitting.polish
     if polish is None or not polish.length:
         return target
+    same = {name: getattr(recipe.training, name) for name in ("seed", "dequantise", "augment")}
+    polish = polish.model_copy(update=same)
     polished = storage.join(work, "polish")
     _trained_on_workers(
         *("polish flat mixture", recipe, manifest, polish, polished, job, uri, stages), start=target, prefix="polish"

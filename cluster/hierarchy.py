@@ -18,6 +18,7 @@ import torch
 
 from cluster.recipe import Recipe
 from data import storage
+from data.augment import variants
 from data.errors import StorageError, UserError, one_line
 from data.manifest import Manifest, ShardRecord, SplitRecord, load_manifest, save_manifest
 from data.shards import write_shard
@@ -37,6 +38,8 @@ _ROUTED_BYTES = 256 << 20
 
 def route_samples(recipe: Recipe, manifest: Manifest, root: str, folder: str, advance: Advance) -> dict[int, str]:
     """One pass over the training split: every sample goes to the shards of its most responsible root component.
+
+    Where training augments its samples, all variants of a sample are routed, each to its own component.
 
     The pass is cut into Ray tasks, each reading its own blocks and writing one part per component. How it is cut
     depends on the data alone, so that the components' shards are the same on any cluster.
@@ -88,10 +91,14 @@ def _route_part(
     routed: dict[int, list[dict[str, np.ndarray]]] = {}
     with torch.inference_mode():
         for block, raw in zip(scaled, stored, strict=True):
-            component = model.component_log_prob(torch.from_numpy(block["x"])).argmax(1).numpy()
-            for k in np.unique(component):
-                rows = component == k
-                routed.setdefault(int(k), []).append({n: v[rows] for n, v in raw.items() if n != "index"})
+            names = recipe.training.augment
+            # A variant of a sample may belong to another component than the sample.
+            for x, kept in zip(variants(block["x"], names), variants(raw["x"], names), strict=True):
+                component = model.component_log_prob(torch.from_numpy(np.ascontiguousarray(x))).argmax(1).numpy()
+                for k in np.unique(component):
+                    rows = component == k
+                    part_of = {n: v[rows] for n, v in raw.items() if n not in ("index", "x")}
+                    routed.setdefault(int(k), []).append({"x": kept[rows], **part_of})
     records = {}
     for k, blocks in routed.items():
         merged = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
@@ -188,6 +195,7 @@ def _fit_sub_mixture(
             "seed": recipe.training.seed + component + 1,
             "engine": "ddp",
             "lanes": 1,
+            "augment": [],  # the variants were routed
             "checkpoint_every": settings.steps + 1,
             "optimiser": settings.optimiser,
         }

@@ -78,7 +78,7 @@ class HierarchySettings(Settings):
     n_init: int = Field(3, ge=1, description="K-means initialisations")
     optimiser: OptimiserSettings = Field(default_factory=lambda: OptimiserSettings())
     polish: TrainingSettings | None = Field(
-        None, description="training of the flat model as a whole, over all workers; null leaves it as it is"
+        None, description="training of the flat model (seed, dequantise, augment are those of training); null: none"
     )
     cpus_per_task: float = Field(1, gt=0, description="CPUs per sub-mixture task")
     gpus_per_task: float = Field(0, ge=0, description="GPUs per sub-mixture task")

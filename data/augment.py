@@ -1,4 +1,4 @@
-"""Random changes of training samples that leave their distribution as it is."""
+"""Variants of training samples that are as likely as the samples themselves."""
 
 from __future__ import annotations
 
@@ -9,25 +9,18 @@ import numpy as np
 from data.errors import UserError
 
 
-def mirror(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Images [n, height, width, ...], each mirrored left to right with probability one half."""
-    flipped = rng.random(len(x)) < 0.5
-    out = x.copy()
-    out[flipped] = x[flipped, :, ::-1]
-    return out
-
-
-AUGMENTATIONS = {"mirror": mirror}
+def variants(x: np.ndarray, names: Sequence[str]) -> list[np.ndarray]:
+    """The samples [n, *shape] and their variants: for "mirror" images mirrored left to right."""
+    return [x, x[:, :, ::-1]] if "mirror" in names else [x]
 
 
 def augment(x: np.ndarray, names: Sequence[str], key: list[int]) -> np.ndarray:
-    """The named augmentations of samples [n, *shape], one after the other: a pure function of `key`."""
+    """A random variant of every sample, each as likely: a pure function of `key`."""
     if not names:
         return x
-    rng = np.random.default_rng(key)
-    for name in names:
-        x = AUGMENTATIONS[name](x, rng)
-    return x
+    choices = variants(x, names)
+    chosen = np.random.default_rng(key).integers(len(choices), size=len(x))
+    return np.choose(chosen.reshape(-1, *[1] * (x.ndim - 1)), choices)
 
 
 def check(names: Sequence[str], shape: tuple[int, ...]) -> None:

@@ -17,7 +17,7 @@ from data.members import Block, read_member
 from data.pixels import dequantise, scale
 
 # First word of every random key, so that no two uses draw the same numbers.
-_ORDER, _SHUFFLE, _TRAIN_NOISE, _EVAL_NOISE, _AUGMENT, _PASS_AUGMENT = 1, 2, 3, 4, 5, 6
+_ORDER, _SHUFFLE, _TRAIN_NOISE, _EVAL_NOISE, _AUGMENT = 1, 2, 3, 4, 5
 
 
 class SplitReader:
@@ -61,7 +61,7 @@ class ShardStream:
         lanes: shares of the order; a multiple of world_size, a divisor of batch_size; default world_size. Choose
             more to be able to go on later with another number of ranks.
         dequantise: "x" is (v + u) / levels instead of v / (levels - 1).
-        augment: names of `data.augment.AUGMENTATIONS`, applied to every sample anew in every epoch.
+        augment: "mirror" takes a random one of each image and its mirror image, anew in every epoch.
         group: blocks that are shuffled together, and held in memory per lane.
 
     Raises:
@@ -231,8 +231,6 @@ def read_blocks(
     world_size: int = 1,
     dequantise_seed: int | None = None,
     raw: bool = False,
-    augment: Sequence[str] = (),
-    augment_key: Sequence[int] = (),
 ) -> Iterator[Block]:
     """Every sample of a split exactly once over all ranks, in blocks as stored; rank r reads r, r + world_size, ...
 
@@ -241,8 +239,6 @@ def read_blocks(
         rank, world_size: which share.
         dequantise_seed: add noise to pixels, a pure function of this seed and the block, whatever the world size.
         raw: keep "x" in the stored dtype, for writing it anew.
-        augment: names of `data.augment.AUGMENTATIONS`; a pure function of `augment_key` and the block.
-        augment_key: numbers, such as a seed and the number of the pass.
 
     Yields:
         "x" [rows, *shape] (float32, see `scale` and `dequantise`, unless raw), "label" [rows] int64 where there are
@@ -253,7 +249,6 @@ def read_blocks(
     """
     if dequantise_seed is not None and manifest.levels is None:
         raise UserError(f"{manifest.base}: real numbers cannot be dequantised: switch dequantisation off")
-    augmentations.check(augment, manifest.shape)
     reader = SplitReader(manifest, split)
     for number in range(rank, len(reader), world_size):
         block = reader.read(number)
@@ -261,6 +256,5 @@ def read_blocks(
             block["x"] = dequantise(block["x"], manifest.levels, [_EVAL_NOISE, dequantise_seed, number])
         elif not raw:
             block["x"] = scale(block["x"], manifest.levels)
-        block["x"] = augmentations.augment(block["x"], augment, [_PASS_AUGMENT, *augment_key, number])
         block["index"] = np.arange(reader.starts[number], reader.starts[number + 1], dtype=np.int64)
         yield block

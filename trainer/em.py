@@ -71,7 +71,8 @@ class Iteration:
     """One pass: its number (from 1), and what the E-step found before the M-step changed the model.
 
     `log_likelihood` is the mean log p(x) and `objective` that plus the log-prior's share, in nats per sample;
-    `reseeded` components were empty and now share the place of a large one; `samples` were read, by all ranks.
+    `reseeded` components were empty and now share the place of a large one; `samples` were read, by all ranks;
+    after the `last` one EM ends.
     """
 
     number: int
@@ -79,6 +80,7 @@ class Iteration:
     objective: float
     reseeded: int
     samples: int
+    last: bool
 
 
 @torch.no_grad()
@@ -116,7 +118,7 @@ def fit_em(
         statistics = expectation(model, precision, blocks(number), features)
         statistics.reduce()
         total, n, finite = statistics.totals.tolist()
-        objective = (total + float(model.log_prior())) / max(n, 1)
+        objective = _from_rank_zero((total + float(model.log_prior())) / max(n, 1), model.means.device)
         if finite < n or not math.isfinite(objective):
             raise SharedError(
                 f"EM stopped at iteration {number + 1}: the log-likelihood of {n - finite:.0f} of {n:.0f} samples is "
@@ -126,10 +128,27 @@ def fit_em(
         may_reseed = number < 0.7 * settings.iterations
         reseeded = maximisation(model, precision, statistics, reseed=may_reseed)
         del precision, statistics  # as large as the model each, and a checkpoint will be, too
-        on_iteration(Iteration(number + 1, total / max(n, 1), objective, reseeded, int(n)))
-        if previous is not None and not reseeded and objective - previous < settings.tolerance:
+        # Screening by other features in each pass moves the objective up and down: that is no sign of the end.
+        settled = (
+            previous is not None
+            and not reseeded
+            and features is None
+            and objective - previous < settings.tolerance
+        )
+        last = settled or number + 1 == settings.iterations
+        on_iteration(Iteration(number + 1, total / max(n, 1), objective, reseeded, int(n), last))
+        if last:
             return
-        previous = objective
+        previous = None if reseeded else objective
+
+
+def _from_rank_zero(value: float, device: torch.device) -> float:
+    """Rank 0's value on every rank: what ends the loop may not differ in the last bit."""
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return value
+    shared = torch.tensor([value], dtype=torch.float64, device=device)
+    dist.broadcast(shared, 0)
+    return shared.item()
 
 
 @torch.no_grad()
@@ -148,7 +167,7 @@ def expectation(model: MFA, precision: Precision, blocks: Blocks, features: Tens
     rows = max(1, _BLOCK_BYTES // (model.means.element_size() * model.n_features))
     # Kept from block to block: freed and taken anew in other sizes, memory would fragment and grow.
     pairs = max(model.n_components, _PAIR_BYTES // (model.means.element_size() * model.n_features))
-    work = model.means.new_empty(1 if model.noise == "isotropic" else 2, pairs, model.n_features)
+    work = model.means.new_empty(2, pairs, model.n_features)
     for block in _regroup(blocks, rows):
         x = block.flatten(1).to(model.means.device, model.means.dtype, non_blocking=True)
         if x.shape[1] != model.n_features:
@@ -197,18 +216,28 @@ def _accumulate(
     components, counts = of.unique_consecutive(return_counts=True)
     ends = counts.cumsum(0).tolist()
     groups = [(k, slice(end - n, end)) for k, end, n in zip(components.tolist(), ends, counts.tolist(), strict=True)]
-    centred = torch.index_select(x, 0, rows, out=work[0, : len(rows)])
+    centred, rest = work[0, : len(rows)], work[1, : len(rows)]
+    torch.index_select(x, 0, rows, out=centred)
     u = x.new_empty(len(rows), model.n_factors)
+    distance = x.new_empty(len(rows))
+    isotropic = model.noise == "isotropic"
     for k, group in groups:
         centred[group] -= model.means[k]
         torch.matmul(centred[group], p.projection[k].T, out=u[group])
-    if model.noise == "isotropic":
+        # With z the posterior mean, (x - μ)ᵀ Σ⁻¹ (x - μ) = |D^-½ (x - μ - A z)|² + |z|²: nothing cancels, where the
+        # difference |D^-½ (x - μ)|² - |u|² may be of much larger numbers.
+        z = torch.linalg.solve_triangular(p.cholesky[k].T, u[group].T, upper=True).T
+        torch.addmm(centred[group], z, model.factor_loadings[k].T, alpha=-1, out=rest[group])
+        if isotropic:
+            distance[group] = torch.linalg.vecdot(rest[group], rest[group]) * p.inverse_noise[k]
+        else:
+            distance[group] = rest[group].square_() @ p.inverse_noise[k]
+        distance[group] += z.square().sum(1)
+    if isotropic:
         squares = torch.linalg.vecdot(centred, centred).unsqueeze(1)
-        distance = squares.squeeze(1) * p.inverse_noise[of, 0]
     else:
-        squares = torch.mul(centred, centred, out=work[1, : len(rows)])
-        distance = torch.cat([squares[group] @ p.inverse_noise[k] for k, group in groups])
-    joint = (p.constant[of] - 0.5 * (distance - u.square().sum(1))).double()
+        squares = torch.mul(centred, centred, out=rest)
+    joint = p.constant[of] - 0.5 * distance.double()
     top = joint.new_full((len(x),), -torch.inf).scatter_reduce_(0, rows, joint, "amax")
     weight = (joint - top[rows]).exp()
     total = torch.zeros_like(top).index_add_(0, rows, weight)

@@ -6,9 +6,11 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from data import augment
 from data.manifest import Manifest
 from data.stream import ShardStream, read_blocks
 from trainer.em import Iteration, fit_em
@@ -20,6 +22,8 @@ from trainer.players import make_player
 from trainer.settings import TRAIN_SPLIT, TrainingSettings
 
 _PREVIOUS = "em.objective"
+# EM's dequantisation has seeds that no evaluation can have: training and held-out noise stay independent.
+_NOISE_SEEDS = 2**32
 
 
 class Fit:
@@ -56,6 +60,7 @@ class Fit:
         self.device = device or torch.device("cpu")
         self.dequantise = settings.dequantises(manifest.levels)
         self.stream: ShardStream | None = None
+        augment.check(settings.augment, manifest.shape)
         if settings.method == "sgd":
             self.stream = ShardStream(
                 manifest,
@@ -113,7 +118,8 @@ class Fit:
 
         def on_iteration(iteration: Iteration) -> None:
             nonlocal began, done, previous
-            done, previous = iteration.number, iteration.objective
+            done = iteration.number
+            previous = float("nan") if iteration.reseeded else iteration.objective
             seconds, began = time.perf_counter() - began, time.perf_counter()
             metrics = {
                 "loss": -iteration.objective,
@@ -122,8 +128,8 @@ class Fit:
                 "samples_per_second": iteration.samples / max(seconds, 1e-9),
             }
             calls.on_log(LogEntry(done, metrics))
-            if done % settings.checkpoint_every == 0 and done < settings.iterations:
-                calls.on_checkpoint(done, state_at(iteration.objective))
+            if done % settings.checkpoint_every == 0 and not iteration.last:
+                calls.on_checkpoint(done, state_at(previous))
 
         fit_em(
             model,
@@ -139,15 +145,14 @@ class Fit:
         return final
 
     def _blocks(self, number: int) -> Iterator[Tensor]:
-        """This rank's samples for one pass; noise of pixels is the same in every pass, augmentation is not."""
-        settings = self.settings
+        """This rank's samples for one pass, with all their variants: the same in every pass."""
         blocks = read_blocks(
             self.manifest,
             TRAIN_SPLIT,
             rank=self.rank,
             world_size=self.world_size,
-            dequantise_seed=settings.seed if self.dequantise else None,
-            augment=settings.augment,
-            augment_key=[settings.seed, number],
+            dequantise_seed=_NOISE_SEEDS + self.settings.seed if self.dequantise else None,
         )
-        return (torch.from_numpy(block["x"]) for block in blocks)
+        for block in blocks:
+            for x in augment.variants(block["x"], self.settings.augment):
+                yield torch.from_numpy(np.ascontiguousarray(x))

@@ -56,9 +56,9 @@ def initialise_mfa(
 
     `settings.noise_prior_count` pseudo-samples hold the noise variances, also in training. Their variances are
     `prior_variance` [n_features] where it is given; else the clusters' average noise variances, found by a first
-    analysis without prior; with `settings.noise_prior_smoothing` each component's own, blurred over the image, and a
-    tenth of that average. An empty cluster becomes a copy of the pooled data's factor analysis with the weight of one
-    sample.
+    analysis without prior (for `random`: those of all samples together); with `settings.noise_prior_smoothing` each
+    component's own, blurred over the image, and a tenth of that average. An empty cluster becomes a copy of the pooled
+    data's factor analysis with the weight of one sample.
 
     Args:
         model: its size decides how many components are made.
@@ -85,6 +85,7 @@ def initialise_mfa(
             return
         with torch.no_grad():
             reached = sum(float(model.log_prob(part).double().sum()) for part in compared.split(1000))
+            reached += float(model.log_prior()) * len(compared) / len(flat)
         if best is None or reached > best[0]:
             best = reached, {name: value.clone() for name, value in model.state_dict().items()}
     assert best is not None
@@ -112,7 +113,12 @@ def _start(
     variance = None if prior_variance is None else prior_variance.double().cpu()
     if count > 0 and variance is None:
         # It is the scale of the noise that counts here, not its last digit.
-        noise = _analyse(model, flat, clusters, 0.0, None, constant, seed, n_iterations=10).noise_variance
+        if constant is None:
+            noise = _analyse(model, flat, clusters, 0.0, None, None, seed, n_iterations=10).noise_variance
+        else:  # a few random samples tell nothing of the noise within components
+            pooled = torch.from_numpy(flat[:_COMPARED_SAMPLES]).double()
+            noise = fit_factor_analyser(pooled, model.n_factors, n_iterations=10, seed=seed).noise_variance[None]
+            noise = noise.expand(model.n_components, -1)
         variance = _prior_variance(noise.double(), mixing, settings.noise_prior_smoothing, shape)
     if settings.method == "random":
         mixing = torch.full_like(mixing, 1 / len(mixing))

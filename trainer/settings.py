@@ -83,7 +83,7 @@ class TrainingSettings(Settings):
     )
     dequantise: bool = Field(True, description="add uniform noise to integer pixels, x = (v + u) / levels in [0, 1)")
     augment: list[Literal["mirror"]] = Field(
-        default_factory=list, description="random changes of the training samples, anew in every epoch"
+        default_factory=list, description="variants of the samples: by gradients a random one per epoch, by EM all"
     )
     engine: Literal["ddp", "deepspeed"] = Field("ddp", description="what synchronises the workers")
     zero_stage: Literal[0, 1, 2, 3] = Field(0, description="DeepSpeed's ZeRO stage")

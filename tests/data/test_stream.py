@@ -211,7 +211,7 @@ def test_pixels_go_to_the_model_s_scale_and_back():
 
 
 def test_mirroring_is_fixed_by_seed_and_epoch(digits_pack):
-    """About half of the images are mirrored, other ones in another epoch; both kinds of reading."""
+    """About half of the images are mirrored, other ones in another epoch."""
     plain = next(iter(stream.ShardStream(digits_pack, "train", batch_size=400, seed=1).epoch(0)))["x"]
     mirrored = stream.ShardStream(digits_pack, "train", batch_size=400, seed=1, augment=["mirror"])
     first, again, other = (next(iter(mirrored.epoch(epoch)))["x"] for epoch in (0, 0, 1))
@@ -220,12 +220,6 @@ def test_mirroring_is_fixed_by_seed_and_epoch(digits_pack):
     same, flipped = ((first == x).flatten(1).all(1) for x in (plain, plain.flip(2)))
     assert bool((same | flipped).all())
     assert 150 < int(flipped.sum()) < 250  # 5 standard deviations
-    passes = [
-        np.concatenate([b["x"] for b in stream.read_blocks(digits_pack, "train", augment=["mirror"], augment_key=key)])
-        for key in ([0, 0], [0, 0], [0, 1])
-    ]
-    assert np.array_equal(passes[0], passes[1])
-    assert not np.array_equal(passes[0], passes[2])
 
 
 def test_vectors_cannot_be_mirrored(tmp_path, array_file):

@@ -8,11 +8,11 @@ from mixtures import random_mfa
 
 from data.errors import SharedError
 from data.manifest import load_manifest
-from trainer.em import expectation, fit_em
+from trainer.em import _whitened, expectation, fit_em
 from trainer.fit import Fit
 from trainer.initialise import initialise_mfa
 from trainer.loop import Callbacks
-from trainer.models.mfa import MFA
+from trainer.models.mfa import MFA, log_joint_by_products
 from trainer.settings import EMSettings, InitialisationSettings, TrainingSettings
 
 
@@ -195,17 +195,21 @@ def test_it_stops_at_the_tolerance():
 SETTINGS = TrainingSettings(method="em", em=EMSettings(iterations=6, checkpoint_every=2), augment=["mirror"])
 
 
-def fit_digits(shards, rank=0, world_size=1, resume=None):
+def starting_model():
+    model = MFA(4, 64, 3, 1e-5).double()
+    g = torch.Generator().manual_seed(0)
+    loadings = torch.randn(4, 64, 3, generator=g) * 0.1
+    model.set_components(torch.ones(4), torch.rand(4, 64, generator=g), loadings, torch.full((4, 64), 0.05))
+    model.set_noise_prior(3.0, torch.full((64,), 0.05))
+    return model
+
+
+def fit_digits(shards, rank=0, world_size=1, resume=None, settings=SETTINGS):
     """EM on the packed digits; returns the final state and all checkpoints."""
     manifest = load_manifest(shards)
-    model = MFA(4, 64, 3, 1e-5).double()
-    if rank == 0:
-        g = torch.Generator().manual_seed(0)
-        loadings = torch.randn(4, 64, 3, generator=g) * 0.1
-        model.set_components(torch.ones(4), torch.rand(4, 64, generator=g), loadings, torch.full((4, 64), 0.05))
-        model.set_noise_prior(3.0, torch.full((64,), 0.05))
+    model = starting_model() if rank == 0 else MFA(4, 64, 3, 1e-5).double()
     saved = {}
-    fit = Fit(model, manifest, SETTINGS, rank=rank, world_size=world_size)
+    fit = Fit(model, manifest, settings, rank=rank, world_size=world_size)
     return fit.run(Callbacks(on_checkpoint=saved.__setitem__), resume), saved
 
 
@@ -236,3 +240,93 @@ def test_resumed_equals_uninterrupted(digits_pack):
     assert sorted(saved) == [2, 4, 6]
     again, _ = fit_digits(digits_pack.base, resume=(4, saved[4]))
     assert difference(whole, again) < 1e-12
+
+
+@pytest.mark.parametrize("noise", [1e-3, 1e-6])
+def test_float32_loses_nothing_to_cancellation(noise):
+    """Loadings 0.5 over noise of 1e-6: |D^-½ (x - μ)|² is a million times |D^-½ (x - μ - A z)|²."""
+    double = random_mfa(3, 784, 4, noise=noise)
+    with torch.no_grad():
+        double.means.mul_(0.01)
+    x = double.sample(60, torch.Generator().manual_seed(1)).float()
+    single = MFA(3, 784, 4)
+    single.load_state_dict({name: value.float() for name, value in double.state_dict().items()})
+    exact = single.double()
+    with torch.no_grad():
+        theirs = expectation(exact, exact.precision(torch.float64), [x.double()])
+        single = MFA(3, 784, 4)
+        single.load_state_dict({name: value.float() for name, value in exact.state_dict().items()})
+        ours = expectation(single, single.precision(torch.float32), [x])
+    assert (ours.totals[0] - theirs.totals[0]).abs().item() / 60 < 0.05
+    assert torch.allclose(ours.mass, theirs.mass, atol=0.02)
+
+
+def test_the_error_bound_holds_for_large_images():
+    """12,288 features: no component's log-density is further from float64 than the bound that goes with it."""
+    model = random_mfa(3, 12_288, 5, noise=1e-3)
+    x = model.sample(20, torch.Generator().manual_seed(1)).float()
+    with torch.no_grad():
+        single = model.float()
+        ours, bound = log_joint_by_products(x, single.precision(torch.float32))
+        exact, _ = log_joint_by_products(x.double(), single.double().precision(torch.float64))
+    assert ((ours.double() - exact).abs() < bound).all()
+
+
+def test_whitening_survives_covariances_beyond_double_precision():
+    """Where Cholesky fails, the large directions are still whitened: F⁻¹ target has the norm that Σ⁻¹ gives."""
+    q = torch.linalg.qr(torch.randn(3, 3, generator=torch.manual_seed(0), dtype=torch.float64))[0]
+    covariance = q @ torch.diag(torch.tensor([1e20, 1e19, 1.0], dtype=torch.float64)) @ q.T
+    covariance = (covariance + covariance.T)[None] / 2 - 1e4 * torch.eye(3, dtype=torch.float64)
+    target = (q[:, :2] * torch.tensor([1e10, 1e9])).sum(1)[None, :, None]
+    found = _whitened(covariance, target)
+    assert torch.isfinite(found).all()
+    assert found.square().sum().item() == pytest.approx(1 + 0.1, rel=1e-3)
+
+
+def test_it_goes_on_after_a_component_was_seeded_anew():
+    """The first pass after a re-seeding may be worse than the one before: that is not the end."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.cat([torch.randn(300, 1, generator=g), torch.randn(300, 1, generator=g) + 4]).double()
+    model = MFA(2, 1, 0).double()
+    model.set_components(torch.ones(2), torch.tensor([[2.0], [1e4]]), torch.zeros(2, 1, 0), torch.full((2, 1), 5.0))
+    found = []
+    fit_em(model, lambda number: [x], EMSettings(iterations=60), on_iteration=found.append)
+    assert sum(i.reseeded for i in found) == 1
+    best = MFA(2, 1, 0).double()
+    best.set_components(torch.ones(2), torch.tensor([[0.0], [4.0]]), torch.zeros(2, 1, 0), torch.ones(2, 1))
+    assert found[-1].log_likelihood > best.log_prob(x).mean().item() - 0.01
+
+
+def test_no_component_is_seeded_at_the_end():
+    x = torch.randn(100, 2, generator=torch.manual_seed(0)).double()
+    model = MFA(2, 2, 1).double()
+    model.set_components(torch.ones(2), torch.tensor([[0.0, 0.0], [1e5, 1e5]]), torch.ones(2, 2, 1), torch.ones(2, 2))
+    found = []
+    fit_em(model, lambda number: [x], EMSettings(iterations=10), done=8, on_iteration=found.append)
+    assert [i.reseeded for i in found] == [0, 0]
+    assert [i.last for i in found] == [False, True]
+
+
+def test_a_resumed_run_ends_at_the_same_pass(digits_pack):
+    """The objective of the last pass before the checkpoint decides whether the first one after it is the end."""
+    settings = SETTINGS.model_copy(update={"em": EMSettings(iterations=200, tolerance=0.02, checkpoint_every=1)})
+    whole, saved = fit_digits(digits_pack.base, settings=settings)
+    assert max(saved) == 200
+    before = max(step for step in saved if step < 200)
+    assert before < 100
+    for start in (before, before - 1):
+        again, steps = fit_digits(digits_pack.base, resume=(start, saved[start]), settings=settings)
+        assert difference(whole, again) < 1e-12
+        assert max(step for step in steps if step < 200) == before if start < before else sorted(steps) == [200]
+
+
+def test_mirrored_training_sees_every_image_and_its_mirror_image(digits_pack):
+    from data.stream import read_blocks
+
+    blocks = read_blocks(digits_pack, "train", dequantise_seed=2**32)
+    images = torch.cat([torch.from_numpy(block["x"]) for block in blocks]).double()
+    both = torch.cat([images, images.flip(2)]).flatten(1)
+    state, _ = fit_digits(digits_pack.base)
+    model = starting_model()
+    fit_em(model, lambda number: [both], SETTINGS.em)
+    assert (state["model.module.means"] - model.means).abs().max() < 1e-8

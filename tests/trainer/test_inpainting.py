@@ -116,3 +116,15 @@ def test_shapes_that_do_not_fit_are_refused():
         inpaint(model, torch.zeros(3, 4), torch.ones(3, 4))
     with pytest.raises(ValueError, match="features"):
         inpaint(model, torch.zeros(3, 5), torch.ones(3, 5, dtype=bool))
+
+
+def test_a_common_offset_costs_no_digits():
+    """Data and means a hundred thousand away from zero, noise of 1e-4."""
+    model = random_mfa(2, 20, 2, noise=1e-4)
+    x = model.sample(5, torch.Generator().manual_seed(1))
+    observed = torch.rand(x.shape, generator=torch.Generator().manual_seed(2)) < 0.5
+    near = condition(model, x, observed).log_joint
+    with torch.no_grad():
+        model.means.add_(1e5)
+    far = condition(model, x + 1e5, observed).log_joint
+    assert torch.allclose(near, far, atol=1e-2, rtol=1e-6)

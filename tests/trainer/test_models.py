@@ -203,3 +203,56 @@ def test_initialisation_finds_separated_components():
     initialise_mfa(model, x.float().numpy(), InitialisationSettings(), seed=0)
     # The truth is within sampling error of the best fit: 24 parameters over 3000 samples are worth about 0.004 nats.
     assert model.log_prob(x.float()).mean().item() > truth.log_prob(x).mean().item() - 0.02
+
+
+def test_isotropic_noise_takes_the_mean_of_a_row():
+    model = MFA(2, 3, 0, noise="isotropic")
+    variance = torch.tensor([[1.0, 2.0, 6.0], [4.0, 4.0, 4.0]])
+    model.set_components(torch.ones(2), torch.zeros(2, 3), torch.zeros(2, 3, 0), variance)
+    assert torch.allclose(model.noise_variance, torch.tensor([[3.0] * 3, [4.0] * 3]))
+    model.set_noise_prior(2.0, variance)
+    assert torch.allclose(model.noise_prior_variance, torch.tensor([[3.0], [4.0]]))
+    expected = -0.5 * 2 * sum(3 * (math.log(v) + 1) for v in (3, 4))
+    assert model.log_prior().item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_best_of_several_starts_is_taken():
+    """Four starts on overlapping clusters: as good as the best of them alone, which not all of them are."""
+    x = random_mfa(8, 3, 1, noise=0.3).sample(400, torch.Generator().manual_seed(0)).float()
+
+    def reached(seed, n_starts):
+        model = MFA(8, 3, 1, 1e-4)
+        initialise_mfa(model, x.numpy(), InitialisationSettings(n_init=1, n_starts=n_starts), seed=seed)
+        return model.log_prob(x).mean().item()
+
+    alone = [reached(7919 * start, 1) for start in range(4)]
+    assert max(alone) > min(alone) + 1e-3
+    assert reached(0, 4) == pytest.approx(max(alone), abs=1e-6)
+
+
+def test_the_noise_prior_is_blurred_over_the_image():
+    """One noisy column: with smoothing its variance reaches the columns beside it, and a little everywhere."""
+    rng = np.random.default_rng(0)
+    x = np.zeros((400, 9, 9), np.float32)
+    x[:, :, 4] = rng.normal(0, 1, (400, 9))
+    flat = x.reshape(400, 81)
+    priors = []
+    for smoothing in (0.0, 1.0):
+        model = MFA(1, 81, 0, 1e-8)
+        settings = InitialisationSettings(noise_prior_count=1, noise_prior_smoothing=smoothing)
+        initialise_mfa(model, flat, settings, seed=0, shape=(9, 9))
+        priors.append(model.noise_prior_variance.reshape(9, 9)[4])
+    sharp, blurred = priors
+    assert sharp[4] == pytest.approx(1, abs=0.3)
+    assert sharp[3] < 1e-6
+    assert 0.1 < blurred[3] < blurred[4] < 0.6
+    assert blurred[0] > 1e-6
+
+
+def test_random_starts_take_their_noise_prior_from_all_samples():
+    """Features of variance 1 and 1e-6: the quiet one's prior is quiet."""
+    rng = np.random.default_rng(0)
+    x = (rng.normal(0, 1, (500, 2)) * [1, 1e-3]).astype(np.float32)
+    model = MFA(2, 2, 0, 1e-9)
+    initialise_mfa(model, x, InitialisationSettings(method="random", noise_prior_count=1), seed=0)
+    assert model.noise_prior_variance[:, 1].max() < 1e-5

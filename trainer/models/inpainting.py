@@ -49,7 +49,9 @@ def condition(model: MFA, x: Tensor, observed: Tensor) -> Conditional:
         ValueError: shapes that do not fit.
     """
     flat, mask = _flat(model, x, observed)
-    given = torch.where(mask, flat, 0.0)
+    # About the mixture's mean, so that an offset common to data and means cancels before anything is squared.
+    origin = model.mixing_coefficients @ model.means.double()
+    given = torch.where(mask, flat - origin, 0.0)
     weight = mask.double()
     parts = []
     # The outer products of the loadings' rows take the most memory.
@@ -57,7 +59,7 @@ def condition(model: MFA, x: Tensor, observed: Tensor) -> Conditional:
     log_mixing = model.mixing_logits.double().log_softmax(0)
     for start in range(0, model.n_components, step):
         chosen = slice(start, start + step)
-        noise, mean = model.noise_variance[chosen].double(), model.means[chosen].double()
+        noise, mean = model.noise_variance[chosen].double(), model.means[chosen].double() - origin
         loadings = model.factor_loadings[chosen].double()
         inverse = noise.reciprocal()
         scaled = loadings * inverse.unsqueeze(-1)

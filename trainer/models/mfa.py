@@ -30,7 +30,7 @@ class Precision(NamedTuple):
     projected_mean: Tensor  # [n_components, n_factors]
     mean_square: Tensor  # [n_components]: (μ - origin)ᵀ D⁻¹ (μ - origin)
     cholesky: Tensor  # [n_components, n_factors, n_factors]: L
-    constant: Tensor  # [n_components]: log π - ½ log |2π Σ|
+    constant: Tensor  # [n_components] float64: log π - ½ log |2π Σ|
 
 
 class MFA(nn.Module):
@@ -139,14 +139,18 @@ class MFA(nn.Module):
         origin = (self.mixing_coefficients.to(self.means.dtype) @ self.means).double().detach()
         log_mixing = self.mixing_logits.double().log_softmax(0)
         slices = self.component_slices()
+
+        def cast(found: tuple[Tensor, ...]) -> list[Tensor]:
+            return [*(part.to(dtype).contiguous() for part in found[:-1]), found[-1]]
+
         if len(slices) == 1 or torch.is_grad_enabled():
-            parts = [[p.to(dtype).contiguous() for p in self._precision(s, origin, log_mixing[s])] for s in slices]
+            parts = [cast(self._precision(s, origin, log_mixing[s])) for s in slices]
             columns = [column[0] if len(column) == 1 else torch.cat(column) for column in zip(*parts, strict=True)]
         else:  # the projections are as large as the loadings: never twice in memory
             columns = []
             for chosen in slices:
-                found = self._precision(chosen, origin, log_mixing[chosen])
-                columns = columns or [p.new_empty(self.n_components, *p.shape[1:], dtype=dtype) for p in found]
+                found = cast(self._precision(chosen, origin, log_mixing[chosen]))
+                columns = columns or [part.new_empty(self.n_components, *part.shape[1:]) for part in found]
                 for column, part in zip(columns, found, strict=True):
                     column[chosen] = part
         return Precision(origin.to(dtype), *columns)
@@ -280,8 +284,10 @@ def log_joint_by_products(flat: Tensor, p: Precision) -> tuple[Tensor, Tensor]:
     squares = squares @ p.inverse_noise.T + p.mean_square
     projected = centred @ p.projection.flatten(0, 1).T
     projected = projected.unflatten(1, p.projected_mean.shape) - p.projected_mean
-    joint = p.constant - 0.5 * squares + centred @ p.weighted_mean.T + 0.5 * projected.square().sum(-1)
-    return joint, 4 * torch.finfo(flat.dtype).eps * squares
+    quadratic = 0.5 * squares - centred @ p.weighted_mean.T - 0.5 * projected.square().sum(-1)
+    # Measured: the error stays below half of this up to 50,000 features.
+    growth = 4 * max(1.0, math.sqrt(flat.shape[1] / 784))
+    return p.constant.to(flat.dtype) - quadratic, growth * torch.finfo(flat.dtype).eps * squares
 
 
 def _joint_and_inexact(flat: Tensor, p: Precision) -> tuple[Tensor, Tensor]:
