@@ -189,6 +189,8 @@ def score(
 
     if out and (len(models) > 1 or Path(out).suffix not in (".csv", ".npy")):
         raise UserError(f"--out {out}: give one model, and a file that ends in .csv or .npy")
+    drawn = ("likelihood.png", "reconstructions.png") if picture else ()
+    questions.check_places(*([Path(out)] if out else []), *(Path(picture) / name for name in drawn))
     table = Table("model", "components", "log-likelihood (nats)", "± s.e.", "bits/dim", "samples", box=None)
     found, points, opened = {}, [], []
     with Stages(quiet=as_json).stage("score", total=len(models), unit="models") as advance:
@@ -263,6 +265,7 @@ def inpaint(
 
     if Path(out).suffix not in (".png", ".npz"):
         raise UserError(f"--out {out}: give a file that ends in .png or .npz")
+    questions.check_places(Path(out))
     opened = open_model(model, tracking_uri)
     found = questions.complete(opened, data, hide=hide, n=n, draws=draws, split=split, seed=seed)
     with publish(out) as handle:

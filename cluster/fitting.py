@@ -15,14 +15,14 @@ from cluster.job import Job, connect, exclusive
 from cluster.progress import Stages, console, remote_progress
 from cluster.recipe import Recipe
 from cluster.session import probe
-from data import storage
+from data import augment, storage
 from data.errors import UserError
 from data.manifest import MANIFEST, Manifest, load_manifest, verify
 from data.shards import pack
 from data.sources import Source, open_source
 from trainer import tracking
 from trainer.checkpoint import load_model
-from trainer.settings import TrainingSettings
+from trainer.settings import TRAIN_SPLIT, TrainingSettings
 from trainer.tracking import SubMixtureRuns
 
 
@@ -72,6 +72,7 @@ def trained_model(
         tracking.probe(uri)
         with stages.stage("pack shards", unit="samples") as advance:
             manifest = _packed(recipe, folder, advance)
+        _can_be_trained(recipe, manifest)
         check(manifest)
         job = Job.find(folder, recipe)
         if job.run_id:
@@ -111,6 +112,17 @@ def publish_model(recipe: Recipe, trained: Trained) -> None:
     target = str(trained.folder / "model")
     model, _ = load_model(trained.model)
     save_trained(target, model, recipe, trained.manifest)
+
+
+def _can_be_trained(recipe: Recipe, manifest: Manifest) -> None:
+    """Refuses, before Ray starts, data that the workers would refuse."""
+    augment.check(recipe.training.augment, tuple(manifest.shape))
+    n = min(manifest.n_samples(TRAIN_SPLIT), recipe.initialisation.max_samples)
+    if n < recipe.model.n_components:
+        raise UserError(
+            f"a mixture of {recipe.model.n_components} components cannot start from {n} samples: lower "
+            "model.n_components, or give more samples"
+        )
 
 
 def _packed(recipe: Recipe, folder: Path, advance: Any) -> Manifest:

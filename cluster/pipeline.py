@@ -153,7 +153,7 @@ def _register(recipe: Recipe, trained: Trained, metrics: dict[str, float]) -> Re
     return registered
 
 
-def _model_sections(trained: Trained) -> list[ReportSection]:
+def _model_sections(trained: Trained, recipe: Recipe) -> list[ReportSection]:
     model, _ = load_model(trained.model)
     shape, root = trained.manifest.shape, trained.root
     loadings = model.factor_loadings.detach().numpy()
@@ -172,7 +172,10 @@ def _model_sections(trained: Trained) -> list[ReportSection]:
     ]
     if len(root["history"]) > 1:
         steps, losses = zip(*root["history"])
-        curve = figures.training_curve(list(steps), list(losses), title="Root mixture", label="loss (nats per sample)")
+        unit = "step" if recipe.training.method == "sgd" else "pass over the data"
+        curve = figures.training_curve(
+            list(steps), list(losses), title="Root mixture", label="loss (nats per sample)", unit=unit
+        )
         sections.append(
             ReportSection("Training", "", [ReportFigure("Loss", curve, "Negative log-posterior per sample.", "Loss")])
         )
@@ -186,7 +189,7 @@ def _write_report(
     data = comparison.data
     beside = (data.held_out_name, data.held_out)
     sections = report_sections(comparison.bins, data.reference.x, comparison.rows, row, beside)
-    sections += _model_sections(trained)
+    sections += _model_sections(trained, recipe)
     protocol = {
         **row.evaluation.protocol,
         "model": registered.uri,

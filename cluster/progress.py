@@ -56,7 +56,11 @@ class Stages:
                 if text is not None:
                     bar.update(task, text=text)
 
-            yield advance
+            try:
+                yield advance
+            except BaseException:
+                bar.update(task, visible=False)  # the error's line says what there is to say
+                raise
             known = bar.tasks[0].total
             bar.update(task, completed=known if known is not None else 1, total=known if known is not None else 1)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began

@@ -28,6 +28,7 @@ from trainer.models.inpainting import inpaint
 
 _NOISE = 11  # first word of the key of dequantisation, apart from those of training
 _BLOCK = 1000
+_SHOWN = 16  # samples and draws in a picture of completions
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,7 @@ def find_outliers(
     Raises:
         UserError: see `samples_for`.
     """
+    check_places(Path(folder) / "outliers.csv", Path(folder) / "outliers.png")
     worst: list[tuple[float, int, dict[str, Any], np.ndarray]] = []  # a heap, its top the likeliest of the worst
     for block in samples_for(model, place, split=split, seed=seed, grey=grey):
         joint = model.component_log_prob(block.x)
@@ -169,8 +171,12 @@ def hidden_mask(hide: str, shape: tuple[int, ...], n: int, seed: int) -> np.ndar
     mask = np.zeros((n, *shape), bool)
     if kind == "random":
         share = _number(hide, detail or "0.5")
+        if not 0 < share <= 1:
+            raise UserError(f"--hide {hide}: the share must be above 0 and at most 1")
         places = shape[:2] if is_image(shape) else shape  # all channels of a pixel together
         chosen = np.random.default_rng([_NOISE, seed]).random((n, *places)) < share
+        if not chosen.any():  # a small share of few features may be none
+            chosen.reshape(-1)[0] = True
         return mask | chosen.reshape(n, *places, *[1] * (len(shape) - len(places)))
     if not is_image(shape):
         raise UserError(f"--hide {hide}: samples of shape {list(shape)} are no images: use random:SHARE")
@@ -183,7 +189,7 @@ def hidden_mask(hide: str, shape: tuple[int, ...], n: int, seed: int) -> np.ndar
         "centre": (width // 4, height // 4, width - width // 4, height - height // 4),
     }
     if kind == "box":
-        numbers = [int(_number(hide, part)) for part in detail.split(",")]
+        numbers = [int(part) if part.strip().isdecimal() else -1 for part in detail.split(",")]
         left, top, right, bottom = numbers if len(numbers) == 4 else (0, 0, 0, 0)
         if not (0 <= left < right <= width and 0 <= top < bottom <= height):
             raise UserError(f"--hide {hide}: no box in images of {width}x{height}: give box:LEFT,TOP,RIGHT,BOTTOM")
@@ -244,11 +250,16 @@ def complete(
 
 def completion_sheet(found: dict[str, np.ndarray]) -> bytes:
     """The picture of `complete`: originals, what is seen (the rest grey), and the completions."""
-    seen = np.where(found["hidden"], 0.5, found["original"]).astype(np.float32)
+    # Hidden pixels are grey; in curves they leave a gap.
+    blank = 0.5 if is_image(found["original"].shape[1:]) else np.nan
+    seen = np.where(found["hidden"], blank, found["original"]).astype(np.float32)
     names = {"map": "likeliest", "mean": "mean"}
     rows = [("original", found["original"]), ("observed", seen)]
     rows += [(names.get(k, k), v) for k, v in found.items() if k not in ("original", "hidden")]
-    return mixture_figures.rows_of_images(rows, "Completions of what is hidden")
+    n, shown = len(seen), min(len(seen), _SHOWN)
+    rows = [(name, x[:shown]) for name, x in rows[: _SHOWN + 4]]
+    more = "" if shown == n else f" (the first {shown} of {n} samples)"
+    return mixture_figures.rows_of_images(rows, f"Completions of what is hidden{more}")
 
 
 def traverse(
@@ -262,9 +273,9 @@ def traverse(
 ) -> list[str]:
     """Pictures of what the mixture has learnt, written to a folder; returns their names.
 
-    `components.png`: means, noise and factors of the largest components. For images also `factors.png`, a grid over
-    two factors of one component (by default the largest), and `interpolation.gif`, a closed walk of its factors z
-    through points drawn from their prior.
+    `components.png`: means, noise and factors of the largest components. For images, where there are two factors,
+    also `factors.png`, a grid over two factors of one component (by default the largest), and `interpolation.gif`, a
+    closed walk of its factors z through points drawn from their prior.
 
     Raises:
         UserError: no such component or factor.
@@ -277,19 +288,23 @@ def traverse(
     k = int(mixing.argmax()) if component is None else component
     if not 0 <= k < len(means):
         raise UserError(f"component {k}: the model has components 0 to {len(means) - 1}")
-    for factor in factors:
-        if not 0 <= factor < max(2, mixture.n_factors):
+    for factor in factors if mixture.n_factors >= 2 else ():
+        if not 0 <= factor < mixture.n_factors:
             raise UserError(f"factor {factor}: the model has factors 0 to {mixture.n_factors - 1}")
     written = {"components.png": figures.components(means, noise, loadings, mixing)}
     if is_image(shape) and mixture.n_factors >= 2:
         i, j = factors
-        written["factors.png"] = mixture_figures.factor_grid(means[k], loadings[k][..., i], loadings[k][..., j])
+        title = f"Component {k}: factor {i} left to right, {j} top to bottom, −2 to 2 standard deviations"
+        written["factors.png"] = mixture_figures.factor_grid(
+            means[k], loadings[k][..., i], loadings[k][..., j], title=title
+        )
         stops = np.random.default_rng([_NOISE, seed, 2]).standard_normal((4, mixture.n_factors))
         t = np.arange(frames) / frames * len(stops)
         low, part = t.astype(int), (t % 1)[:, None]
         ease = (1 - np.cos(np.pi * part)) / 2
         z = (1 - ease) * stops[low] + ease * stops[(low + 1) % len(stops)]
         written["interpolation.gif"] = mixture_figures.animation(means[k] + np.moveaxis(loadings[k] @ z.T, -1, 0))
+    check_places(*(Path(folder) / name for name in written))
     for name, picture in written.items():
         _write(str(Path(folder) / name), picture)
     return list(written)
@@ -305,6 +320,20 @@ def reconstruction_sheet(models: list[tuple[str, LocalModel]], place: str, *, sp
             rebuilt = model.model.reconstruct(x).numpy().reshape(first.shape)
             rows.append((f"{name}\nK = {model.model.n_components}", rebuilt))
     return mixture_figures.rows_of_images(rows, "Reconstructions by the most probable component")
+
+
+def check_places(*files: Path) -> None:
+    """Refuses, before any work is done, files that are folders or that lie below a file.
+
+    Raises:
+        UserError: there is one.
+    """
+    for file in files:
+        above = next((parent for parent in file.parents if parent.exists()), file.parent)
+        if file.is_dir():
+            raise UserError(f"{file} is a folder: name another place, or remove it")
+        if above.exists() and not above.is_dir():
+            raise UserError(f"{above} is a file, and cannot hold {file.name}: name a folder")
 
 
 def _write(path: str, content: bytes) -> None:

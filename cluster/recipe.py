@@ -70,7 +70,7 @@ class HierarchySettings(Settings):
     steps: int = Field(200, ge=0, description="optimiser steps of each sub-mixture")
     batch_size: int = Field(64, ge=1, description="samples per step; fewer where a component has fewer")
     noise_prior_count: float = Field(
-        30.0, ge=0, description="pseudo-samples of the prior on the noise variances, at the parent's noise variances"
+        30.0, ge=0, le=1e12, description="pseudo-samples of the prior on the noise variances, at those of the parent"
     )
     noise_prior_smoothing: float | None = Field(
         None, gt=0, description="blur in pixels: the prior is at the sub-components' own noise variances, so blurred"

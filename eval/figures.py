@@ -39,6 +39,7 @@ def training_curve(
     *,
     title: str = "Training",
     label: str = "loss",
+    unit: str = "step",
     validation: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> bytes:
     """Losses over steps: every value pale, medians over hundredths of them on top; `validation` as points.
@@ -52,7 +53,7 @@ def training_curve(
     axes = figure.add_subplot()
     canvas.style_axes(axes)
     noisy = len(y) >= 200
-    axes.plot(x, y, color=canvas.PALE if noisy else canvas.BLUE, linewidth=0.7 if noisy else 1.8, label="step")
+    axes.plot(x, y, color=canvas.PALE if noisy else canvas.BLUE, linewidth=0.7 if noisy else 1.8, label=unit)
     if noisy:
         middles, medians = ([np.median(part) for part in np.array_split(v, 100)] for v in (x, y))
         axes.plot(middles, medians, color=canvas.BLUE, linewidth=1.8, label="median")
@@ -63,7 +64,7 @@ def training_curve(
     if len(settled) > 20 and np.ptp(y) > 4 * np.ptp(settled):
         margin = 0.15 * np.ptp(settled)
         axes.set_ylim(settled.min() - margin, settled.max() + 3 * margin)
-    axes.set_xlabel("step", fontsize=9, color=canvas.MUTED)
+    axes.set_xlabel(unit, fontsize=9, color=canvas.MUTED)
     axes.set_ylabel(label, fontsize=9, color=canvas.MUTED)
     if noisy or validation is not None:
         axes.legend(fontsize=8.5, frameon=False, labelcolor=canvas.INK)
@@ -133,7 +134,8 @@ def components(
             if axes not in cells[::across]:
                 axes.set_yticks([])
         else:
-            _component_curves(axes, means[k].reshape(-1), noise_std[k].reshape(-1), steps.reshape(len(steps), -1))
+            mean, noise = means[k].reshape(-1), noise_std[k].reshape(-1)
+            _component_curves(axes, mean, noise, steps.reshape(factors, len(mean)))
         axes.set_title(f"component {k}, π = {mixing[k]:.3g}", loc="left", fontsize=9, color=canvas.INK)
     scaled = f"noise shown relative to {brightest:.2g}" if images else "band: noise, thin: factors"
     canvas.heading(figure, f"The {len(chosen)} largest of {len(means)} components ({scaled})")

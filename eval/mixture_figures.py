@@ -11,20 +11,21 @@ from PIL import Image
 from data.errors import UserError
 from eval import canvas
 
-_SIDE = 800  # pixels of a picture's longer side, about
 
+def factor_grid(mean: np.ndarray, across: np.ndarray, down: np.ndarray, *, title: str, steps: int = 9) -> bytes:
+    """A component's images μ + a A_i + b A_j for a (left to right) and b (top to bottom) from -2 to 2.
 
-def factor_grid(mean: np.ndarray, across: np.ndarray, down: np.ndarray, *, steps: int = 9, reach: float = 2.0) -> bytes:
-    """A component's images μ + a A_i + b A_j for a (left to right) and b (top to bottom) from -reach to reach.
-
-    Arguments: mean μ and the two factors' loadings `[*shape]`; reach in standard deviations of the factors.
+    Arguments: mean μ and the two factors' loadings `[*shape]`.
 
     Raises:
         UserError: samples that are not images.
     """
-    values = np.linspace(-reach, reach, steps)
-    images = [mean + a * across + b * down for b in values for a in values]
-    return _png(canvas.tile(np.stack(images), steps))
+    values = np.linspace(-2, 2, steps)
+    sheet = canvas.tile(np.stack([mean + a * across + b * down for b in values for a in values]), steps)
+    figure = canvas.new_figure(7.4, 7.4 * sheet.shape[0] / sheet.shape[1] + 0.35)
+    canvas.show(figure.add_subplot(), sheet)
+    canvas.heading(figure, title)
+    return canvas.png(figure)
 
 
 def outlier_sheet(x: np.ndarray, log_probs: np.ndarray) -> bytes:
@@ -99,8 +100,3 @@ def _enlarged(image: np.ndarray, side: int) -> np.ndarray:
     zoom = max(1, side // max(image.shape[:2]))
     return image.repeat(zoom, 0).repeat(zoom, 1)
 
-
-def _png(sheet: np.ndarray) -> bytes:
-    out = io.BytesIO()
-    Image.fromarray(_enlarged(sheet, _SIDE)).save(out, "PNG", optimize=True)
-    return out.getvalue()

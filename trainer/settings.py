@@ -41,7 +41,7 @@ class InitialisationSettings(Settings):
     kmeans_dimensions: int | None = Field(None, ge=1, description="random subset of features used by K-means")
     n_init: int = Field(3, ge=1, description="K-means initialisations, of which the best is taken")
     noise_prior_count: float = Field(
-        0.0, ge=0, description="pseudo-samples of the prior on the noise variances; the prior stays on in training"
+        0.0, ge=0, le=1e12, description="pseudo-samples of the prior on the noise variances, which stays on in training"
     )
     noise_prior_smoothing: float = Field(
         0.0, ge=0, description="images: width in pixels of a Gaussian blur of the prior's variances"

@@ -340,7 +340,7 @@ def test_questions_refuse_in_one_line(call, small_model, array_file):
     refuses(call("score", small_model, "--data", array_file(np.zeros((9, 5), np.float32))), "shape [5]", "[8, 8, 1]")
     refuses(call("score", small_model, "--data", "digits", "--out", "x.txt"), ".csv")
     refuses(call("score", small_model, "--data", "digits", "--split", "dev"), "split")
-    for hide in ("middle", "box:1,2", "box:5,5,2,9", "random:x"):
+    for hide in ("middle", "box:1,2", "box:5,5,2,9", "box:nan,0,1,1", "random:x", "random:0", "random:nan", "random:7"):
         refuses(call("inpaint", small_model, "--data", "digits", "--out", "x.png", "--hide", hide), hide)
     refuses(call("inpaint", small_model, "--data", "digits", "--out", "x.jpg"), ".png")
     refuses(call("traverse", small_model, "--out", "p", "--component", 5), "0 to 4")
@@ -417,3 +417,27 @@ def test_names_are_printed_as_they_are(call, array_file, tmp_path, monkeypatch):
         env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, timeout=60, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+def test_places_that_cannot_be_written_are_refused_before_anything_is(call, small_model, tmp_path):
+    (tmp_path / "found" / "outliers.png").mkdir(parents=True)
+    refuses(call("outliers", small_model, "--data", "digits", "--out", "found"), "is a folder")
+    assert not (tmp_path / "found" / "outliers.csv").exists()
+    (tmp_path / "file").write_text("")
+    refuses(call("traverse", small_model, "--out", "file"), "is a file")
+    refuses(call("score", small_model, "--data", "digits", "--picture", "file"), "is a file")
+    refuses(call("inpaint", small_model, "--data", "digits", "--out", "file/x.png"), "is a file")
+
+
+def test_vectors_and_models_without_factors_are_shown_too(call, tmp_path, array_file, manifest_for):
+    from trainer.checkpoint import save_model
+    from trainer.models.mfa import MFA
+
+    for features, factors in ((5, 2), (1, 0)):
+        save_model(str(tmp_path / "vec" / "model"), MFA(2, features, factors), "mfa", manifest_for((features,)),
+                   dequantised=False)  # fmt: skip
+        x = array_file(np.random.default_rng(0).normal(0, 1, (40, features)).astype(np.float32))
+        assert call("traverse", "vec", "--out", "shown")[0] == 0
+        assert call("inpaint", "vec", "--data", x, "--hide", "random:1e-9", "--out", "x.png", "-n", 30)[0] == 0
+        assert call("score", "vec", "--data", x, "--picture", "shown")[0] == 0
+        assert call("outliers", "vec", "--data", x, "--out", "shown")[0] == 0
