@@ -358,7 +358,15 @@ def test_too_little_memory_is_told_in_one_line(call, monkeypatch):
 MANYMODES = os.path.join(os.path.dirname(sys.executable), "manymodes")
 
 
-READY_THEN_RUN = "from cluster import entry; entry.prepare(); print('ready', flush=True); entry.main()"
+# Where the tests run in the background of a shell, Ctrl-C is ignored from the start.
+READY_THEN_RUN = """
+import signal
+from cluster import entry
+signal.signal(signal.SIGINT, signal.default_int_handler)
+entry.prepare()
+print("ready", flush=True)
+entry.main()
+"""
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
