@@ -377,10 +377,13 @@ def test_an_interruption_is_one_line(array_file, number, after):
     arguments = ["evaluate", x, "--reference", x, "--bins", "1000", "--n-init", "1000"]
     command = [sys.executable, "-c", READY_THEN_RUN, *arguments]
     job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert job.stdout.readline() == "ready\n"
-    time.sleep(after)
-    job.send_signal(number)
-    _, err = job.communicate(timeout=120)
+    try:
+        assert job.stdout.readline() == "ready\n"
+        time.sleep(after)
+        job.send_signal(number)
+        _, err = job.communicate(timeout=120)
+    finally:
+        job.kill()
     assert job.returncode == 130, err
     assert err.splitlines()[-1].startswith("manymodes: interrupted")
     assert "Traceback" not in err
