@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.exceptions import TyperException
 
-from cluster.entry import leave_interrupted, prepare
+from cluster.entry import leave_interrupted
 from data.errors import UserError, io_error, one_line, printable
 from data.limits import MAX_DRAWN, MAX_SEED, MAX_SIDE
 
@@ -379,7 +379,6 @@ def main() -> None:
     """The entry point: one line and exit code 2 for what the user can mend; a traceback only with --debug."""
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
-    prepare()
     try:
         code = app(standalone_mode=False)
         sys.stdout.flush()

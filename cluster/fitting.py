@@ -83,8 +83,9 @@ def trained_model(
             job.use_data(folder, manifest.fingerprint)
         tracking.log_dataset(uri, run_id, name=manifest.name, source=manifest.base, fingerprint=manifest.fingerprint)
         work = job.work(folder)
-        root = _train_root(recipe, manifest, work, job, uri, stages)
-        root_model = storage.join(work, "root", "model")
+        place = storage.join(work, "root")
+        root = _train_on_workers("train root mixture", recipe, manifest, recipe.training, place, job, uri, stages)
+        root_model = storage.join(place, "model")
         final = _split(recipe, manifest, work, job, uri, stages) if recipe.hierarchy else root_model
         yield Trained(folder, job, uri, manifest, root, root_model, final, stages)
 
@@ -163,15 +164,7 @@ def _is_of(manifest: Manifest, source: Source) -> bool:
     )
 
 
-def _train_root(
-    recipe: Recipe, manifest: Manifest, work: str, job: Job, uri: str, stages: Stages
-) -> dict[str, Any]:
-    return _trained_on_workers(
-        *("train root mixture", recipe, manifest, recipe.training, storage.join(work, "root"), job, uri, stages)
-    )
-
-
-def _trained_on_workers(
+def _train_on_workers(
     name: str,
     recipe: Recipe,
     manifest: Manifest,
@@ -234,8 +227,6 @@ def _split(recipe: Recipe, manifest: Manifest, work: str, job: Job, uri: str, st
         return target
     same = {name: getattr(recipe.training, name) for name in ("seed", "dequantise", "augment")}
     polish = polish.model_copy(update=same)
-    polished = storage.join(work, "polish")
-    _trained_on_workers(
-        *("polish flat mixture", recipe, manifest, polish, polished, job, uri, stages), start=target, prefix="polish"
-    )
-    return storage.join(polished, "model")
+    place, name = storage.join(work, "polish"), "polish flat mixture"
+    _train_on_workers(name, recipe, manifest, polish, place, job, uri, stages, start=target, prefix="polish")
+    return storage.join(place, "model")

@@ -219,12 +219,11 @@ def _fit_sub_mixture(
     )
     if not training.length:
         return None
-    last: list[LogEntry] = []
-    Fit(model, manifest, training, device=torch.device("cuda") if settings.gpus_per_task else None).run(
-        Callbacks(on_log=lambda entry: last.__setitem__(slice(None), [entry]))
-    )
+    history: list[LogEntry] = []
+    device = torch.device("cuda") if settings.gpus_per_task else None
+    Fit(model, manifest, training, device=device).run(Callbacks(on_log=history.append))
     model.cpu()
-    return float(last[0].metrics["log_likelihood"]) if last else None
+    return history[-1].metrics["log_likelihood"]
 
 
 def flatten(root: str, folders: dict[int, str], noise_prior_count: float) -> MFA:

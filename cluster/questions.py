@@ -20,6 +20,7 @@ from data.errors import UserError
 from data.manifest import MANIFEST, load_manifest
 from data.pixels import dequantise
 from data.samples import Samples, load_samples
+from data.sources import is_spec
 from data.stream import read_blocks
 from eval import figures, mixture_figures
 from eval.canvas import is_image
@@ -49,7 +50,7 @@ def samples_for(model: LocalModel, place: str, *, split: str, seed: int, grey: b
         UserError: nothing usable there, samples of another shape or with another number of levels.
     """
     levels, shape = model.data["levels"], tuple(model.data["shape"])
-    found = storage.check_url(place) if _may_be_folder(place) else None
+    found = None if is_spec(place) else storage.check_url(place)
     if found is not None and storage.exists(storage.join(found, MANIFEST)):
         manifest = load_manifest(found)
         _check(place, tuple(manifest.shape), shape, manifest.levels, levels)
@@ -64,10 +65,6 @@ def samples_for(model: LocalModel, place: str, *, split: str, seed: int, grey: b
         x = _in_model_space(loaded, rows, levels, seed)
         index = np.arange(start, start + len(x), dtype=np.int64)
         yield Asked(x, index, None if loaded.labels is None else loaded.labels[rows])
-
-
-def _may_be_folder(place: str) -> bool:
-    return place != "digits" and place.partition(":")[0] not in ("mnist", "svhn", "images", "array")
 
 
 def _in_model_space(samples: Samples, rows: slice, levels: int | None, seed: int) -> np.ndarray:

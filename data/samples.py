@@ -18,7 +18,7 @@ from data.errors import UserError
 from data.foreign import expand_urls, read_webdataset
 from data.manifest import MANIFEST, load_manifest
 from data.pixels import scale
-from data.sources import SPECS, Source, SourceOptions, open_source
+from data.sources import SPECS, Source, SourceOptions, is_spec, open_source
 from data.stream import SplitReader
 
 
@@ -66,7 +66,7 @@ def load_samples(
     Raises:
         UserError: nothing of that kind there, damaged data, or images of different shapes.
     """
-    if spec == "digits" or spec.partition(":")[0] in ("mnist", "svhn", "images", "array"):
+    if is_spec(spec):
         options = SourceOptions(size=size, crop=crop, grey=grey, shuffle=False)
         return _from_source(open_source(spec, options), split, max_samples, seed)
     url = storage.check_url(spec)

@@ -86,6 +86,11 @@ class Source:
             yield block
 
 
+def is_spec(text: str) -> bool:
+    """Whether a text is meant as the spec of a source, and not as a path or URL."""
+    return text == "digits" or text.partition(":")[0] in _OPENERS
+
+
 def open_source(spec: str, options: SourceOptions | None = None) -> Source:
     """Opens a source; samples are read when blocks are asked for.
 
@@ -104,11 +109,10 @@ def open_source(spec: str, options: SourceOptions | None = None) -> Source:
     options = options or SourceOptions()
     check_name(spec)
     kind, _, place = spec.partition(":")
-    openers = {"mnist": _open_mnist, "svhn": _open_svhn, "images": _open_images, "array": _open_array}
     if spec == "digits":
         source = _open_digits(options)
-    elif kind in openers and place:
-        source = openers[kind](spec, place, options)
+    elif kind in _OPENERS and place:
+        source = _OPENERS[kind](spec, place, options)
     else:
         raise UserError(f"unknown source {spec!r}: choose one of {SPECS}")
     # Defaults are left out, so that a pack's manifest does not change when an option is added.
@@ -309,3 +313,6 @@ def _check_values(path: Path, x: np.ndarray, rows: np.ndarray) -> None:
             if np.isfinite(extent[first]):
                 raise UserError(f"{path}: row {row} holds values beyond {MAX_MAGNITUDE:g} in size: rescale the data")
             raise UserError(f"{path}: row {row} holds NaN or infinite values (as float32): remove or repair it")
+
+
+_OPENERS = {"mnist": _open_mnist, "svhn": _open_svhn, "images": _open_images, "array": _open_array}

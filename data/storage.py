@@ -154,7 +154,7 @@ def publish(url: str) -> Iterator[IO[bytes]]:
                 handle.close()
             with contextlib.suppress(Exception):
                 os.unlink(target) if local else handle.discard()
-        if isinstance(error, NotImplementedError):  # HTTP
+        if isinstance(error, NotImplementedError):  # how fsspec's HTTP file system says that it only reads
             raise UserError(f"cannot write {url}: such a store can only be read; give a path or another URL") from error
         if isinstance(error, OSError):
             raise io_error(error, url, "write") from error

@@ -14,7 +14,7 @@ import numpy as np
 
 from data import storage
 from data.errors import UserError
-from trainer.tracking import database_file, mlflow_client, mlflow_errors
+from trainer.tracking import database_file, mlflow_at, mlflow_client, mlflow_errors
 
 # Tag of a version that was registered to the end.
 COMPLETE = "manymodes.complete"
@@ -62,9 +62,7 @@ def register_model(
         ]
     )
     signature = ModelSignature(Schema([TensorSpec(np.dtype("float32"), (-1, n_features))]), None, params)
-    with mlflow_errors(tracking_uri):
-        mlflow.set_tracking_uri(tracking_uri)
-        mlflow.set_registry_uri(tracking_uri)
+    with mlflow_errors(tracking_uri), mlflow_at(tracking_uri):
         with mlflow.start_run(run_id=run_id):
             info = mlflow.pyfunc.log_model(
                 name="model",
@@ -125,9 +123,7 @@ def fetch_model(uri: str, tracking_uri: str) -> str:
         raise UserError(
             f"no MLflow database at {database}: run this in the folder of the job, or give --tracking-uri"
         )
-    with mlflow_errors(tracking_uri):
-        mlflow.set_tracking_uri(tracking_uri)
-        mlflow.set_registry_uri(tracking_uri)
+    with mlflow_errors(tracking_uri), mlflow_at(tracking_uri):
         folder = mlflow.artifacts.download_artifacts(artifact_uri=uri)
     artifacts = Path(folder) / "artifacts"
     if not (artifacts / "model.json").is_file():

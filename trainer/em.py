@@ -86,7 +86,7 @@ class Iteration:
 @torch.no_grad()
 def fit_em(
     model: MFA,
-    blocks: Callable[[int], Blocks],
+    blocks: Callable[[], Blocks],
     settings: EMSettings,
     *,
     done: int = 0,
@@ -96,12 +96,12 @@ def fit_em(
 ) -> None:
     """Runs iterations done + 1 to settings.iterations, or until the objective gains less than settings.tolerance.
 
-    Without new noise in each iteration the objective (log-likelihood plus log-prior) never falls, except where an
-    empty component is seeded anew.
+    The objective (log-likelihood plus log-prior) never falls but for rounding, except where an empty component is
+    seeded anew, and under screening.
 
     Args:
         model: the start; its parameters are changed in place. Its noise prior is used.
-        blocks: this rank's samples for an iteration number (from 0).
+        blocks: this rank's samples, the same ones at every call.
         settings: iterations, tolerance, screening.
         done: iterations that are already in the model.
         previous: the objective of the last of them.
@@ -115,7 +115,7 @@ def fit_em(
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
         features = _screening_features(model, settings.screening_features, generator)
         precision = model.precision(model.means.dtype)
-        statistics = expectation(model, precision, blocks(number), features)
+        statistics = expectation(model, precision, blocks(), features)
         statistics.reduce()
         total, n, finite = statistics.totals.tolist()
         objective = _from_rank_zero((total + float(model.log_prior())) / max(n, 1), model.means.device)
@@ -129,12 +129,9 @@ def fit_em(
         reseeded = maximisation(model, precision, statistics, reseed=may_reseed)
         del precision, statistics  # as large as the model each, and a checkpoint will be, too
         # Screening by other features in each pass moves the objective up and down: that is no sign of the end.
-        settled = (
-            previous is not None
-            and not reseeded
-            and features is None
-            and objective - previous < settings.tolerance
-        )
+        settled = False
+        if previous is not None and settings.tolerance is not None and features is None and not reseeded:
+            settled = objective - previous < settings.tolerance
         last = settled or number + 1 == settings.iterations
         on_iteration(Iteration(number + 1, total / max(n, 1), objective, reseeded, int(n), last))
         if last:

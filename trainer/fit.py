@@ -29,8 +29,9 @@ _NOISE_SEEDS = 2**32
 class Fit:
     """Trains `model` on the training split of a pack; the same result on any number of ranks.
 
-    By gradients a step is an optimiser step, by EM a pass over the data. `Callbacks` and checkpoints (step, state)
-    are the same for both; the state holds the model's tensors as `model.module.<name>`.
+    By gradients a step is an optimiser step, by EM a pass over the data (over every variant of every sample, where
+    there is augmentation: the noise prior's pseudo-samples then weigh against so many more). `Callbacks` and
+    checkpoints (step, state) are the same for both; the state holds the model's tensors as `model.module.<name>`.
 
     Args:
         model: initialised on rank 0 (the others take over its tensors), or to be restored by `run(resume=...)`.
@@ -144,7 +145,7 @@ class Fit:
         calls.on_checkpoint(settings.iterations, final)  # also where it ended early: there is nothing left to do
         return final
 
-    def _blocks(self, number: int) -> Iterator[Tensor]:
+    def _blocks(self) -> Iterator[Tensor]:
         """This rank's samples for one pass, with all their variants: the same in every pass."""
         blocks = read_blocks(
             self.manifest,

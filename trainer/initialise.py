@@ -206,9 +206,8 @@ def _analyse(
     n_iterations: int = 30,
 ) -> FactorAnalyser:
     """A factor analysis per cluster, computed in float64; all of them stacked along the first axis."""
-    k, d = model.n_components, model.n_features
-    found = FactorAnalyser(torch.zeros(k, d), torch.zeros(k, d, model.n_factors), torch.zeros(k, d))
-    found = FactorAnalyser(*(part.to(model.means.dtype) for part in found))
+    means = torch.zeros(model.n_components, model.n_features, dtype=model.means.dtype)
+    found = FactorAnalyser(means, means.new_zeros(*means.shape, model.n_factors), torch.zeros_like(means))
     for k, rows in enumerate(clusters):
         members = torch.from_numpy(flat[rows] if len(rows) else flat).double()
         part = fit_factor_analyser(

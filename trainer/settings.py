@@ -64,7 +64,9 @@ class EMSettings(Settings):
     """Expectation-maximisation: passes over the training split."""
 
     iterations: int = Field(20, ge=0, description="passes over the training split")
-    tolerance: float = Field(0.0, description="stop when a pass gains less, in nats per sample; below 0 never stops")
+    tolerance: float | None = Field(
+        0.0, ge=0, description="stop when a pass gains less, in nats per sample; null never stops early"
+    )
     screening_features: int | None = Field(
         None, ge=1, description="random features by which components are screened for each sample; null takes all"
     )

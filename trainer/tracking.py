@@ -52,6 +52,30 @@ def mlflow_client(uri: str) -> Any:
     return MlflowClient(uri, registry_uri=uri)
 
 
+@contextmanager
+def mlflow_at(uri: str) -> Iterator[None]:
+    """Points those calls of MLflow that take no address at this one, for runs and registry, and back afterwards.
+
+    MLflow notes addresses in the environment: left there, they would decide what this process, and those that it
+    starts, take for their default.
+    """
+    import mlflow
+
+    names = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
+    before = {name: os.environ.get(name) for name in names}
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(None)
+        mlflow.set_registry_uri(before["MLFLOW_REGISTRY_URI"] or "")
+        for name, value in before.items():  # an address that was set by a call stands here, too
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
 def _failures() -> tuple[type[Exception], ...]:
     """What MLflow lets through: its own exceptions, the database's, missing drivers, unusable addresses and files."""
     from alembic.util import CommandError

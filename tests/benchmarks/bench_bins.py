@@ -7,26 +7,18 @@ two objectives: what is fitted here may not be worse.
 
 from __future__ import annotations
 
-import gzip
 import time
-from pathlib import Path
 
 import faiss
-import numpy as np
+from mnist_files import scaled
 
 from data import kmeans
 from eval.bins import BinSettings, fit_bins
 
-MNIST = Path(__file__).resolve().parents[3] / "shared" / "data" / "mnist"
-
 
 def main() -> None:
-    if not MNIST.is_dir():
-        print(f"skipped: no MNIST in {MNIST}")
-        return
-    unpacked = gzip.decompress((MNIST / "train-images-idx3-ubyte.gz").read_bytes())
-    x = np.frombuffer(unpacked, np.uint8, offset=16).reshape(-1, 28, 28, 1)[:45_000].astype(np.float32) / 255
-    flat = x.reshape(len(x), -1)
+    flat = scaled()[0][:45_000]
+    x = flat.reshape(-1, 28, 28, 1)
     direct, fitted, objectives = [], [], []
     for _ in range(2):
         start = time.perf_counter()

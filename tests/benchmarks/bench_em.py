@@ -57,7 +57,7 @@ def products(x: torch.Tensor, k: int, n_factors: int, *, m_step: bool) -> Callab
 
 
 def iterate(model: MFA, x: torch.Tensor, iterations: int = 1) -> None:
-    fit_em(model, lambda number: [x], EMSettings(iterations=iterations, tolerance=-1))
+    fit_em(model, lambda: [x], EMSettings(iterations=iterations, tolerance=None))
 
 
 def held_out_likelihood(model: MFA, x: torch.Tensor, levels: int | None = None) -> str:

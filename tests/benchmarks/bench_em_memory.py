@@ -31,7 +31,7 @@ def fit(shards: str) -> None:
     g = torch.Generator().manual_seed(0)
     means = torch.rand(50, 784, generator=g)
     model.set_components(torch.ones(50), means, torch.randn(50, 784, 6, generator=g) * 0.1, torch.full((50, 784), 0.1))
-    settings = TrainingSettings(method="em", em=EMSettings(iterations=2, tolerance=-1))
+    settings = TrainingSettings(method="em", em=EMSettings(iterations=2, tolerance=None))
     Fit(model, load_manifest(shards), settings).run()
     print(_peak())
 
@@ -49,7 +49,7 @@ def fit_large(n_components: int) -> None:
         torch.nn.init.normal_(model.factor_loadings, std=0.1, generator=torch.Generator().manual_seed(0))
     size = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
     x = model.sample(512, torch.Generator().manual_seed(1))
-    fit_em(model, lambda number: x.split(64), EMSettings(iterations=2, tolerance=-1))
+    fit_em(model, lambda: x.split(64), EMSettings(iterations=2, tolerance=None))
     print(size, _peak() - before)
 
 

@@ -25,7 +25,6 @@ from data.manifest import Manifest
 from data.shards import pack
 from data.sources import SourceOptions, open_source
 from eval.likelihood import summarise
-from trainer.em import fit_em
 from trainer.fit import Fit
 from trainer.initialise import initial_rows, initialise_mfa
 from trainer.models.mfa import MFA
@@ -49,17 +48,18 @@ def held_out(model: MFA, x: torch.Tensor) -> str:
 def sub_mixtures(
     recipe: Recipe, root: str, folders: dict[int, str], place: Path, cpus: int, kill: bool = False
 ) -> tuple[float, dict[int, str], float]:
-    """Seconds of all tasks on so many CPUs, their folders, and the seconds that a killed task had run."""
+    """Seconds of all tasks on so many CPUs, their folders, and the seconds that a killed task had run at most."""
     copies = {k: shutil.copytree(folder, place / Path(folder).name) for k, folder in folders.items()}
     ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
         ray.get([ray.remote(num_cpus=1)(_warm).remote() for _ in range(2 * cpus)])
-        lost = [0.0]
-        if kill:
-            threading.Timer(2.0, _kill_one, [lost]).start()
+        killed: list[float] = []
         began = time.perf_counter()
+        if kill:
+            threading.Timer(2.0, _kill_one, [killed]).start()
         train_sub_mixtures(recipe, {k: str(v) for k, v in copies.items()}, root, lambda *a, **b: None)
-        return time.perf_counter() - began, {k: str(v) for k, v in copies.items()}, lost[0]
+        lost = killed[0] - began if killed else 0.0
+        return time.perf_counter() - began, {k: str(v) for k, v in copies.items()}, lost
     finally:
         ray.shutdown()
 
@@ -70,12 +70,12 @@ def _warm() -> None:
     time.sleep(0.5)
 
 
-def _kill_one(lost: list[float]) -> None:
-    """SIGKILL to one of this process' sub-mixture workers; notes how long its task had been running at most."""
+def _kill_one(killed: list[float]) -> None:
+    """SIGKILL to one of this process' sub-mixture workers; notes when."""
     for process in psutil.Process().children(recursive=True):
         if "_train_sub_mixture" in " ".join(process.cmdline()):
             os.kill(process.pid, signal.SIGKILL)
-            lost[0] = 2.0
+            killed.append(time.perf_counter())
             return
 
 
@@ -109,10 +109,12 @@ def main() -> None:
         print(f"hierarchical {held_out(flat, x)}, {total:.1f} s (routing {routing:.1f} s)")
         began = time.perf_counter()
         same = started(recipe, manifest, flat.n_components)
-        number = 0
-        while time.perf_counter() - began < total:
-            fit_em(same, Fit(same, manifest, recipe.training)._blocks, EMSettings(iterations=1, tolerance=-1))
-            number += 1
+        one_pass = recipe.training.model_copy(update={"em": EMSettings(iterations=1)})
+        number, last = 0, 0.0
+        while number == 0 or time.perf_counter() - began + last < total:  # another pass would still fit
+            before = time.perf_counter()
+            Fit(same, manifest, one_pass).run()
+            number, last = number + 1, time.perf_counter() - before
         seconds = time.perf_counter() - began
         print(f"flat EM {held_out(same, x)}, {seconds:.1f} s ({number} iterations)")
 

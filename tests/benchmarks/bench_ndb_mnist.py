@@ -8,32 +8,20 @@ K-means (default: all).
 
 from __future__ import annotations
 
-import gzip
 import sys
-from pathlib import Path
 
 import numpy as np
+from mnist_files import blocks
 
+from data.pixels import scale
 from eval.bins import BinSettings, fit_bins
 from eval.evaluate import evaluate_samples
 from eval.ndb import score
 
-MNIST = Path(__file__).resolve().parents[3] / "shared" / "data" / "mnist"
-
-
-def load(kind: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images [n, 28, 28, 1] float32 in [0, 1] and labels [n]."""
-    pixels = gzip.decompress((MNIST / f"{kind}-images-idx3-ubyte.gz").read_bytes())
-    labels = gzip.decompress((MNIST / f"{kind}-labels-idx1-ubyte.gz").read_bytes())
-    x = np.frombuffer(pixels, np.uint8, offset=16).reshape(-1, 28, 28, 1).astype(np.float32) / 255
-    return x, np.frombuffer(labels, np.uint8, offset=8)
-
 
 def main(seeds: int = 3, max_samples: int | None = None) -> None:
-    if not MNIST.is_dir():
-        print(f"skipped: no MNIST in {MNIST}")
-        return
-    (images, digits), (test, _) = load("train"), load("t10k")
+    train, held_out = blocks()
+    images, digits, test = scale(train["x"], 256), train["label"], scale(held_out["x"], 256)
     print(f"{'seed':>4}  {'samples':<22}{'NDB z>4':>8}{'NDB z>3':>8}{'JS':>9}")
     for seed in range(seeds):
         order = np.random.default_rng(seed).permutation(len(images))

@@ -14,13 +14,22 @@ from data.sources import SourceOptions, open_source
 FOLDER = Path(os.environ.get("MANYMODES_MNIST", Path(__file__).resolve().parents[3] / "shared" / "data" / "mnist"))
 
 
-def pixels() -> tuple[np.ndarray, np.ndarray]:
-    """Training and test images [n, 784] uint8, in the order of the files; ends the process where there are none."""
+def blocks() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Training and test split, `x` [n, 28, 28, 1] uint8 and `label` [n], in the order of the files.
+
+    Ends the process, with a word, where there are no files: benchmarks are run by hand, and the others go on.
+    """
     if not FOLDER.is_dir():
         print(f"skipped: no MNIST in {FOLDER}: name its folder in MANYMODES_MNIST")
         sys.exit(0)
     source = open_source(f"mnist:{FOLDER}", SourceOptions(shuffle=False))
-    return tuple(next(source.blocks(split, 60_000))["x"].reshape(-1, 784) for split in ("train", "test"))  # type: ignore
+    return next(source.blocks("train", 60_000)), next(source.blocks("test", 10_000))
+
+
+def pixels() -> tuple[np.ndarray, np.ndarray]:
+    """Training and test images [n, 784] uint8."""
+    train, test = blocks()
+    return train["x"].reshape(-1, 784), test["x"].reshape(-1, 784)
 
 
 def scaled() -> tuple[np.ndarray, np.ndarray]:

@@ -274,7 +274,7 @@ def test_a_job_by_em_with_polish(tmp_path):
     from cluster.recipe import load_recipe
 
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    em = "{method: em, em: {iterations: 6, tolerance: -1}}"
+    em = "{method: em, em: {iterations: 6, tolerance: null}}"
     changes = [
         *(f"tracking.uri={uri}", "evaluation.baselines=[]", f"training={em}", "model.n_components=4"),
         *("hierarchy.method=em", "hierarchy.em.iterations=5", f"hierarchy.polish={em}"),

@@ -2,7 +2,6 @@ import gzip
 import os
 import struct
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -78,11 +77,8 @@ def test_mnist_files_of_either_name(tmp_path, dot, end):
         open_source(f"mnist:{tmp_path}")
 
 
-def test_real_mnist():
-    folder = Path(__file__).parents[3] / "shared" / "data" / "mnist"
-    if not folder.is_dir():
-        pytest.skip("MNIST's files are not beside this repository")
-    source = open_source(f"mnist:{folder}")
+def test_real_mnist(mnist_folder):
+    source = open_source(f"mnist:{mnist_folder}")
     assert source.splits == {"train": 60000, "test": 10000}
     assert gather(source, "test", 1000)["label"][:5].tolist() == [7, 2, 1, 0, 4]
 

@@ -46,12 +46,9 @@ CONSUMER = """
 
 
 def test_consumer_needs_only_mlflow_torch_and_numpy(finished_job, tmp_path):
-    # MLflow notes the addresses that this process used last in the environment: another machine has none of it.
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
     found = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(CONSUMER), finished_job.uri, finished_job.summary["model_uri"]],
         cwd=tmp_path,
-        env=clean,
         capture_output=True,
         text=True,
         timeout=120,
@@ -125,3 +122,19 @@ def test_version_carries_scores_and_data(finished_job):
     assert float(version.tags["ndb"]) == finished_job.summary["metrics"]["ndb"]
     assert len(version.tags["data.fingerprint"]) == 64
     assert version.run_id == finished_job.summary["mlflow_run_id"]
+
+
+def test_mlflow_s_addresses_are_put_back(finished_job, tmp_path, monkeypatch):
+    """Opening a model elsewhere does not decide where the next call looks."""
+    import mlflow
+
+    for tracking, registry in ((None, None), (f"sqlite:///{tmp_path}/a.db", f"sqlite:///{tmp_path}/b.db")):
+        for name, value in (("MLFLOW_TRACKING_URI", tracking), ("MLFLOW_REGISTRY_URI", registry)):
+            monkeypatch.delenv(name, raising=False)
+            if value:
+                monkeypatch.setenv(name, value)
+        fetch_model(finished_job.summary["model_uri"], finished_job.uri)
+        assert os.environ.get("MLFLOW_TRACKING_URI") == tracking
+        assert os.environ.get("MLFLOW_REGISTRY_URI") == registry
+        if registry:
+            assert mlflow.get_registry_uri() == registry

@@ -48,8 +48,8 @@ def test_em_equals_the_cpu():
         with torch.no_grad():
             model.means.add_(0.05)
         records = []
-        settings = EMSettings(iterations=4, tolerance=-1)
-        fit_em(model, lambda number: x.split(100), settings, on_iteration=records.append)
+        settings = EMSettings(iterations=4, tolerance=None)
+        fit_em(model, lambda: x.split(100), settings, on_iteration=records.append)
         found[device] = records[-1].log_likelihood
     assert found["cuda"] == pytest.approx(found["cpu"], rel=1e-4)
 

@@ -28,8 +28,8 @@ def _one_thread():
 def fitted(model, x, iterations, **settings):
     """Trains in place on fixed samples; returns the iterations' records."""
     found = []
-    options = {"iterations": iterations, "tolerance": -1.0, **settings}
-    fit_em(model, lambda number: [x], EMSettings(**options), on_iteration=found.append)
+    options = {"iterations": iterations, "tolerance": None, **settings}
+    fit_em(model, lambda: [x], EMSettings(**options), on_iteration=found.append)
     return found
 
 
@@ -113,7 +113,7 @@ def test_blocks_and_pair_limits_do_not_matter(monkeypatch):
     fitted(models[0], x, 3)
     monkeypatch.setattr("trainer.em._PAIR_BYTES", 8 * 6 * 50)
     monkeypatch.setattr("trainer.em._BLOCK_BYTES", 8 * 6 * 70)
-    fit_em(models[1], lambda number: x.split(11), EMSettings(iterations=3, tolerance=-1))
+    fit_em(models[1], lambda: x.split(11), EMSettings(iterations=3, tolerance=None))
     for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
 
@@ -188,7 +188,7 @@ def test_it_stops_at_the_tolerance():
     x = random_mfa(1, 6, 2).sample(200, torch.Generator().manual_seed(1))
     model = started(x, 1, 2)
     found = []
-    fit_em(model, lambda number: [x], EMSettings(iterations=500, tolerance=1e-3), on_iteration=found.append)
+    fit_em(model, lambda: [x], EMSettings(iterations=500, tolerance=1e-3), on_iteration=found.append)
     assert 1 < len(found) < 100
 
 
@@ -290,7 +290,7 @@ def test_it_goes_on_after_a_component_was_seeded_anew():
     model = MFA(2, 1, 0).double()
     model.set_components(torch.ones(2), torch.tensor([[2.0], [1e4]]), torch.zeros(2, 1, 0), torch.full((2, 1), 5.0))
     found = []
-    fit_em(model, lambda number: [x], EMSettings(iterations=60), on_iteration=found.append)
+    fit_em(model, lambda: [x], EMSettings(iterations=60), on_iteration=found.append)
     assert sum(i.reseeded for i in found) == 1
     best = MFA(2, 1, 0).double()
     best.set_components(torch.ones(2), torch.tensor([[0.0], [4.0]]), torch.zeros(2, 1, 0), torch.ones(2, 1))
@@ -302,7 +302,7 @@ def test_no_component_is_seeded_at_the_end():
     model = MFA(2, 2, 1).double()
     model.set_components(torch.ones(2), torch.tensor([[0.0, 0.0], [1e5, 1e5]]), torch.ones(2, 2, 1), torch.ones(2, 2))
     found = []
-    fit_em(model, lambda number: [x], EMSettings(iterations=10), done=8, on_iteration=found.append)
+    fit_em(model, lambda: [x], EMSettings(iterations=10), done=8, on_iteration=found.append)
     assert [i.reseeded for i in found] == [0, 0]
     assert [i.last for i in found] == [False, True]
 
@@ -328,5 +328,5 @@ def test_mirrored_training_sees_every_image_and_its_mirror_image(digits_pack):
     both = torch.cat([images, images.flip(2)]).flatten(1)
     state, _ = fit_digits(digits_pack.base)
     model = starting_model()
-    fit_em(model, lambda number: [both], SETTINGS.em)
+    fit_em(model, lambda: [both], SETTINGS.em)
     assert (state["model.module.means"] - model.means).abs().max() < 1e-8
