@@ -15,12 +15,14 @@ from cluster.recipe import Recipe
 from data import storage
 from data.errors import UserError
 from data.manifest import Manifest
-from data.samples import load_samples
+from data.partitions import PackPartitions
 from data.stream import read_blocks
 from deploy.registry import Registered, register_model
 from eval import figures
 from eval.baselines import fit_gaussian_mixture
-from eval.comparison import Comparison, Density, JudgedData, compare, report_sections
+from eval.comparison import Comparison, JudgedData, compare, report_sections
+from eval.drawn import Density
+from eval.evaluate import Rule
 from eval.report import ReportFigure, ReportSection, ReportTable, render_report
 from trainer import tracking
 from trainer.checkpoint import load_model
@@ -75,10 +77,9 @@ def _evaluate(recipe: Recipe, trained: Trained, advance: Any) -> tuple[Compariso
     """Judges baselines, root and final model; returns the comparison and the final model's name in it."""
     settings, manifest = recipe.evaluation, trained.manifest
     noise = settings.seed if recipe.training.dequantises(manifest.levels) else None
-    reference, held_out = (load_samples(manifest.base, split=split) for split in (TRAIN_SPLIT, TEST_SPLIT))
     data = JudgedData(
-        reference,
-        held_out.x,
+        PackPartitions(manifest, TRAIN_SPLIT),
+        PackPartitions(manifest, TEST_SPLIT),
         "held-out data",
         _rows(manifest, TEST_SPLIT, noise),
         manifest.levels if noise is not None else None,
@@ -109,8 +110,7 @@ def _evaluate(recipe: Recipe, trained: Trained, advance: Any) -> tuple[Compariso
         settings.bins,
         n_samples=settings.n_samples,
         seed=settings.seed,
-        z_threshold=settings.z_threshold,
-        significance=settings.significance,
+        rule=Rule(settings.z_threshold, settings.significance),
         on_model=lambda done, label: advance(done, total=len(models), text=label),
     )
     return comparison, name
@@ -188,7 +188,7 @@ def _write_report(
     row = comparison.row(name)
     data = comparison.data
     beside = (data.held_out_name, data.held_out)
-    sections = report_sections(comparison.bins, data.reference.x, comparison.rows, row, beside)
+    sections = report_sections(comparison.bins, data.reference, comparison.rows, row, beside)
     sections += _model_sections(trained, recipe)
     protocol = {
         **row.evaluation.protocol,

@@ -4,39 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 import numpy as np
 
-from data.pixels import quantise
-from data.samples import Samples
+from data.partitions import Partitions
+from data.pixels import scale
 from eval import figures
-from eval.bins import Bins, BinSettings, fit_bins
-from eval.evaluate import Evaluation, evaluate_samples
+from eval.bins import BinCounts, Bins, BinSettings, fit_bins
+from eval.drawn import Density, DrawnPartitions
+from eval.evaluate import Evaluation, Rule, evaluate_counts
 from eval.gallery import bins_gallery
 from eval.likelihood import LogLikelihood, summarise
+from eval.measure import local_pass
+from eval.observed import Extent
 from eval.report import ReportFigure, ReportSection, ReportTable
-
-
-class Density(Protocol):
-    """What is judged: log-densities in nats and samples, as NumPy arrays over flattened samples [n, d]."""
-
-    def log_prob(self, x: np.ndarray) -> np.ndarray: ...
-
-    def sample(self, n: int, seed: int) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
 class JudgedData:
     """The data that models are judged by.
 
-    `reference` and `held_out` [n, *shape] are on the scale of the scores (pixels v / (levels - 1)); `held_out_name`
-    is what tables call the latter. `density` are the held-out samples in the models' own space (dequantised where
+    `reference` and `held_out` are on the scale of the scores (pixels v / (levels - 1)); `held_out_name` is what tables
+    call the latter. `density` are the held-out samples [n, *shape] in the models' own space (dequantised where
     `levels` is given), for log-likelihoods.
     """
 
-    reference: Samples
-    held_out: np.ndarray
+    reference: Partitions
+    held_out: Partitions
     held_out_name: str
     density: np.ndarray
     levels: int | None
@@ -49,7 +45,7 @@ class Row:
     name: str
     log_likelihood: LogLikelihood | None
     evaluation: Evaluation
-    samples: np.ndarray
+    samples: Partitions
 
 
 @dataclass(frozen=True)
@@ -93,8 +89,7 @@ def compare(
     *,
     n_samples: int,
     seed: int,
-    z_threshold: float | None,
-    significance: float | None,
+    rule: Rule,
     on_model: Callable[[int, str], None] = lambda done, name: None,
 ) -> Comparison:
     """Fits bins to the reference and judges the held-out data and every model by them.
@@ -104,22 +99,21 @@ def compare(
         models: densities by the name they get in tables.
         settings: of the bins.
         n_samples: samples drawn from each model, with `seed`.
-        z_threshold, significance: the rule that flags a bin (see `eval.ndb.score`).
+        rule: which bins are flagged.
         on_model: called with (models done, next name), for progress.
 
     Raises:
-        UserError: see `fit_bins` and `evaluate_samples`.
+        UserError: see `fit_bins` and `evaluate_counts`.
     """
     reference = data.reference
-    bins = fit_bins(
-        reference.x, settings, reference_name=reference.name, reference_fingerprint=reference.fingerprint
-    )
+    over = local_pass(reference)
+    fitted = fit_bins(over, [settings], name=reference.name, fingerprint=reference.fingerprint, n=reference.n)
+    bins = fitted.bins[0]
     flat = data.density.reshape(len(data.density), -1)
 
-    def judge(name: str, samples: np.ndarray, scale: str, likelihood: LogLikelihood | None) -> Row:
-        evaluation = evaluate_samples(
-            bins, samples, name=name, scale=scale, z_threshold=z_threshold, significance=significance
-        )
+    def judge(name: str, samples: Partitions, scale: str, likelihood: LogLikelihood | None) -> Row:
+        seen = local_pass(samples)({"extent": Extent(), "bins": BinCounts(bins)})
+        evaluation = evaluate_counts(bins, seen["bins"], seen["extent"], name=name, scale=scale, rule=rule)
         return Row(name, likelihood, evaluation, samples)
 
     rows = [judge(data.held_out_name, data.held_out, reference.scale, None)]
@@ -128,27 +122,37 @@ def compare(
         on_model(done, name)
         dimensions = flat.shape[1] if data.levels else None
         likelihood = summarise(model.log_prob(flat), n_dimensions=dimensions, levels=data.levels or 256)
-        samples = quantise(model.sample(n_samples, seed), data.levels).reshape(n_samples, *reference.x.shape[1:])
+        samples = DrawnPartitions(
+            partial(_itself, model), n_samples, seed, name=name, identity=name, shape=bins.shape, levels=data.levels
+        )
         rows.append(judge(name, samples, drawn, likelihood))
     return Comparison(bins, data, rows)
 
 
+def _itself(model: Density) -> Density:
+    return model
+
+
 def report_sections(
-    bins: Bins, reference: np.ndarray, rows: Sequence[Row], row: Row, beside: tuple[str, np.ndarray]
+    bins: Bins, reference: Partitions, rows: Sequence[Row], row: Row, beside: tuple[str, Partitions]
 ) -> list[ReportSection]:
     """The report's pictures: proportions of all rows; the worst bins of one row; its samples beside real ones.
 
     Args:
         bins: what all rows were judged by.
-        reference: the reference's samples [n, *shape].
+        reference: the reference.
         rows: shown in the plot of proportions.
         row: whose worst bins and samples are shown.
         beside: name and samples of the real data that its samples are shown beside.
     """
-    result, labels = row.evaluation.result, row.evaluation.labels
-    if labels is None:
-        raise ValueError("a report needs the bin of every sample")
-    gallery = bins_gallery(bins, reference, bins.assign(reference), row.samples, labels, result, name=row.name)
+    result = row.evaluation.result
+    gallery = bins_gallery(
+        bins,
+        partial(bin_members, reference, bins.members),
+        partial(bin_members, row.samples, row.evaluation.members),
+        result,
+        name=row.name,
+    )
     missing = sum(result.direction(int(k)) == "missing" for k in np.flatnonzero(result.flagged))
     found = f"{result.ndb} of {result.bins} bins differ from the reference, {missing} of them missing"
     none = f"no bin of {result.bins} differs from the reference"
@@ -175,9 +179,32 @@ def report_sections(
             "Samples beside data",
             "",
             [
-                ReportFigure(name[:1].upper() + name[1:], figures.sample_grid(x, 8, 8), "The first 64.", name)
-                for name, x in (beside, (row.name, row.samples))
+                ReportFigure(
+                    title[:1].upper() + title[1:], figures.sample_grid(first(x, 64), 8, 8), "The first 64.", title
+                )
+                for title, x in (beside, (row.name, row.samples))
             ],
             beside=True,
         ),
     ]
+
+
+def bin_members(samples: Partitions, members: np.ndarray | None, rows: np.ndarray) -> list[np.ndarray]:
+    """Some samples [m, *shape] of each of the bins `rows`; none where a bin holds none."""
+    if members is None:
+        raise ValueError("these bins were counted without noting members")
+    chosen = [members[k][members[k] >= 0] for k in rows]
+    places = np.concatenate(chosen)
+    found = samples.fetch(places) if len(places) else np.zeros((0, 1), np.float32)
+    return np.split(found, np.cumsum([len(part) for part in chosen])[:-1])
+
+
+def first(samples: Partitions, n: int) -> np.ndarray:
+    """The first n samples [n, *shape] of a set, on the scale of the scores."""
+    found: list[np.ndarray] = []
+    for number in range(len(samples)):
+        for piece in samples.pieces(number):
+            found.append(scale(piece.x[:n], samples.levels))
+            if sum(map(len, found)) >= n:
+                return np.concatenate(found)[:n]
+    return np.concatenate(found)
