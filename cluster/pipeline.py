@@ -24,6 +24,7 @@ from eval.comparison import Comparison, JudgedData, compare, report_sections
 from eval.drawn import Density
 from eval.evaluate import Rule
 from eval.report import ReportFigure, ReportSection, ReportTable, render_report
+from eval.scores import ScoreSettings
 from trainer import tracking
 from trainer.checkpoint import load_model
 from trainer.settings import TRAIN_SPLIT
@@ -53,7 +54,7 @@ def run_job(
         with stages.stage("evaluate", unit="models") as advance:
             comparison, name = _evaluate(recipe, trained, advance)
         publish_model(recipe, trained)
-        comparison.bins.save(str(trained.folder / "bins"))
+        comparison.reference.save(str(trained.folder / "reference"))
         metrics = _metrics(comparison, name)
         with stages.stage("register"):
             registered = _register(recipe, trained, metrics)
@@ -111,6 +112,7 @@ def _evaluate(recipe: Recipe, trained: Trained, advance: Any) -> tuple[Compariso
         n_samples=settings.n_samples,
         seed=settings.seed,
         rule=Rule(settings.z_threshold, settings.significance),
+        scores=ScoreSettings(()),
         on_model=lambda done, label: advance(done, total=len(models), text=label),
     )
     return comparison, name
@@ -186,9 +188,8 @@ def _write_report(
     recipe: Recipe, trained: Trained, comparison: Comparison, name: str, registered: Registered
 ) -> None:
     row = comparison.row(name)
-    data = comparison.data
-    beside = (data.held_out_name, data.held_out)
-    sections = report_sections(comparison.bins, data.reference, comparison.rows, row, beside)
+    held_out = comparison.rows[0]
+    sections = report_sections(comparison, row, (held_out.name, held_out.samples))
     sections += _model_sections(trained, recipe)
     protocol = {
         **row.evaluation.protocol,
@@ -199,7 +200,7 @@ def _write_report(
     seconds = [[stage, f"{value:.1f}"] for stage, value in trained.stages.seconds.items()]
     timing = ReportTable("Stages", ["stage", "seconds"], seconds)
     result = row.evaluation.result
-    lead = f"{name}, trained on {data.reference.name}: {result.ndb} of {result.bins} bins differ from the data."
+    lead = f"{name}, trained on {comparison.reference.name}: {result.ndb} of {result.bins} bins differ from the data."
     html = render_report(f"manymodes: {recipe.name}", comparison.table(), sections, protocol, timing, lead)
     storage.write_text(str(trained.folder / "report.html"), html)
 
@@ -218,11 +219,7 @@ def _summarise(
         "mlflow_run_id": job.run_id,
         "metrics": metrics,
         "models": [
-            {
-                **row.evaluation.to_dict(),
-                "log_likelihood": None if row.log_likelihood is None else row.log_likelihood.to_dict(),
-            }
-            for row in comparison.rows
+            row.to_dict() for row in comparison.rows
         ],
         "seconds": {name: round(value, 2) for name, value in trained.stages.seconds.items()},
         "report": str(folder / "report.html"),

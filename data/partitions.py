@@ -85,6 +85,22 @@ class Partitions(ABC):
     def __len__(self) -> int:
         return len(self.keys)
 
+    def first(self, n: int) -> np.ndarray:
+        """The first n samples [n, *shape] on the scale of the scores; all of them where there are fewer.
+
+        Raises:
+            UserError: as `pieces`, or there are none.
+        """
+        found: list[np.ndarray] = []
+        for number in range(len(self)):
+            for piece in self.pieces(number):
+                found.append(scale(piece.x[:n], self.levels))
+                if sum(map(len, found)) >= n:
+                    return np.concatenate(found)[:n]
+        if not found:
+            raise UserError(f"{self.name}: no samples there: check the path and the split")
+        return np.concatenate(found)
+
     def fetch(self, positions: np.ndarray) -> np.ndarray:
         """Samples [n, *shape] on the scale of the scores, by their positions (see `position`), in that order.
 

@@ -268,7 +268,6 @@ def fit_bins(
 
 def label_bins(
     over: Pass,
-    n_classes: int,
     settings: BinSettings,
     *,
     name: str,
@@ -279,9 +278,12 @@ def label_bins(
     """Bins that are the reference's classes: given labels, or what a classifier says. Arguments as in `fit_bins`.
 
     Raises:
-        UserError: the reference has no labels, or others than 0 to n_classes - 1.
+        UserError: the reference has no labels, negative ones, or fewer than two classes.
     """
-    look, facts = _look(over, name, fingerprint, space, also or {})
+    look, facts = _look(over, name, fingerprint, space, {"classes": Classes(), **(also or {})})
+    n_classes = look["classes"].n
+    if n_classes < 2:
+        raise UserError(f"{name}: no labels of two classes or more: name a --classifier, or take --bins NUMBER")
     draft = Bins(
         centres=None,
         dimensions=np.zeros(0, np.int64),
@@ -292,6 +294,22 @@ def label_bins(
         **facts,
     )
     return Fitted(_counted(over, [draft]), look)
+
+
+class Classes:
+    """How many classes there are: those of the classifier, or one more than the largest label."""
+
+    def __init__(self) -> None:
+        self.n = 0
+
+    def observe(self, seen: Observed) -> None:
+        if seen.probabilities is not None:
+            self.n = seen.probabilities.shape[1]
+        elif seen.labels is not None:
+            self.n = max(self.n, int(seen.labels.max()) + 1)
+
+    def merge(self, other: Self) -> None:
+        self.n = max(self.n, other.n)
 
 
 def _look(

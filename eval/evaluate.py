@@ -29,14 +29,14 @@ class Rule:
 class Evaluation:
     """The scores of one set of samples and the protocol behind them.
 
-    `members` `[K, m]` are positions of some of each bin's samples (-1: none), or None where only counts were given.
-    Scores under different protocols do not compare. `warning` says why the scores may not mean what they seem to.
+    `members` `[K, m]` are positions of some of each bin's samples (-1: none). Scores under different protocols do not
+    compare. `warning` says why the scores may not mean what they seem to.
     """
 
     name: str
     result: ndb.NDBResult
     protocol: dict[str, Any]
-    members: np.ndarray | None = None
+    members: np.ndarray
     warning: str | None = None
 
     def to_dict(self) -> dict[str, Any]:

@@ -158,17 +158,27 @@ def memorisation(
         raise ValueError(f"quantiles must lie between 0 and 1, got {levels}")
     squared, indices = nearest_neighbours(samples, training, 1)
     own, other = np.sqrt(squared[:, 0]), np.sqrt(nearest_neighbours(held_out, training, 1)[0][:, 0])
-    limits = [np.quantile(other, q, method="inverted_cdf") for q in levels]
+    return compare_distances(own, other, indices[:, 0], levels)
+
+
+def compare_distances(
+    own: np.ndarray, other: np.ndarray, nearest: np.ndarray, quantiles: Sequence[float] = (0.01, 0.05)
+) -> Memorisation:
+    """`memorisation` from distances to the nearest training sample: `[m]` of samples, `[l]` of held-out ones.
+
+    `nearest` `[m]` names the training sample nearest to each generated one.
+    """
+    limits = [np.quantile(other, q, method="inverted_cdf") for q in quantiles]
     shares = tuple(float(np.mean(own <= limit)) for limit in limits)
     return Memorisation(
-        quantiles=levels,
+        quantiles=tuple(quantiles),
         shares=shares,
         shares_standard_errors=tuple(_proportion_error(share, len(own)) for share in shares),
         held_out_shares=tuple(float(np.mean(other <= limit)) for limit in limits),
         z=_mann_whitney_z(own, other),
         distances=own,
         held_out_distances=other,
-        nearest=indices[:, 0],
+        nearest=nearest,
     )
 
 

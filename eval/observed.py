@@ -10,6 +10,7 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
+from data import kmeans
 from data.errors import UserError
 from data.limits import MAX_MAGNITUDE
 
@@ -217,6 +218,12 @@ class Sketch:
         """[m], rising."""
         return self._final()[1]
 
+    def least(self, m: int) -> tuple[np.ndarray, np.ndarray]:
+        """Features [m, d] and positions [m] of a smaller random subset."""
+        numbers, positions, features = self._final()
+        chosen = np.sort(np.argsort(numbers, kind="stable")[:m])
+        return features[chosen], positions[chosen]
+
     def arrays(self) -> dict[str, np.ndarray]:
         self._prune()
         names = ("numbers", "positions", "features")
@@ -254,3 +261,26 @@ class Sketch:
         numbers, positions, features = self.parts[0]
         order = np.argsort(positions, kind="stable")
         return numbers[order], positions[order], features[order]
+
+
+class Nearest:
+    """The nearest sample of the set to each of some queries [m, d], by squared Euclidean distance."""
+
+    def __init__(self, queries: np.ndarray) -> None:
+        self.queries = queries
+        self.distances = np.full(len(queries), np.inf)
+        self.positions = np.full(len(queries), -1, np.int64)
+
+    def observe(self, seen: Observed) -> None:
+        nearest, _ = kmeans.assign(self.queries, seen.features)
+        # FAISS expands the square, which leaves nothing of the distance to a copy: the winners are measured exactly.
+        gaps = self.queries - seen.features[nearest].astype(np.float64)
+        self._take(np.einsum("nd,nd->n", gaps, gaps), seen.positions[nearest])
+
+    def merge(self, other: Self) -> None:
+        self._take(other.distances, other.positions)
+
+    def _take(self, distances: np.ndarray, positions: np.ndarray) -> None:
+        nearer = distances < self.distances
+        self.distances = np.where(nearer, distances, self.distances)
+        self.positions = np.where(nearer, positions, self.positions)

@@ -1,20 +1,20 @@
 """Figures are valid, small PNGs for every kind of sample; the report is one file that needs no network."""
 
 import io
-from functools import partial
 import re
+from functools import partial
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from data.errors import UserError
-from eval import canvas, figures
 from data.partitions import MemoryPartitions
+from eval import canvas, figures
 from eval.arrays import bins_of, judge
 from eval.bins import BinSettings
-from eval.comparison import bin_members
 from eval.gallery import bins_gallery
+from eval.reference import bin_members
 from eval.report import ReportFigure, ReportSection, ReportTable, render_report
 
 SHAPES = [(8, 8, 1), (6, 9, 3), (12,), (8, 8), (3, 5, 4), (2,)]
