@@ -28,7 +28,7 @@ from eval.scores import Score, ScoreSettings, Summary, scores_of
 # Samples whose nearest reference sample is searched, and as many held-out ones.
 _QUERIES = 1000
 # Pairs of a sample and its nearest reference sample in the picture.
-_SHOWN_PAIRS = 16
+_SHOWN_PAIRS = 12
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 import io
-import pickle
 import tarfile
 
+import cloudpickle
 import numpy as np
 import pytest
 from PIL import Image
@@ -18,7 +18,7 @@ def gathered(parts):
     pieces = [(number, piece) for number in range(len(parts)) for piece in parts.pieces(number)]
     return (
         np.concatenate([position(number, np.arange(p.start, p.start + len(p.x))) for number, p in pieces]),
-        [key for _, piece in pieces for key in piece.keys()],
+        [key for _, piece in pieces for key in piece.keys()],  # noqa: SIM118
         np.concatenate([scale(piece.x, parts.levels) for _, piece in pieces]),
         None if pieces[0][1].label is None else np.concatenate([piece.label for _, piece in pieces]),
     )
@@ -91,7 +91,7 @@ def test_the_cut_follows_the_data_and_every_sample_comes_once(tmp_path, monkeypa
         assert len(parts) > 5
         assert len(set(parts.keys)) == len(parts)
         assert sum(parts.sizes) == 300
-        positions, keys, found, _ = gathered(pickle.loads(pickle.dumps(parts)))
+        positions, keys, found, _ = gathered(cloudpickle.loads(cloudpickle.dumps(parts)))
         np.testing.assert_array_equal(found, x)
         np.testing.assert_array_equal(parts.fetch(positions[::-7]), x[::-7])
         assert len(set(keys)) == 300

@@ -155,8 +155,8 @@ def test_evaluation_finds_the_planted_mode_and_carries_its_protocol(reference):
     assert {"ndb", "ndb_over_k", "js", "bins", "n_reference", "n_samples", "protocol"} <= told.keys()
     assert told["protocol"] | {
         "reference": "blobs", "reference_fingerprint": "abc", "bins_fingerprint": bins.fingerprint, "bins": 6,
-        "n_reference": 3000, "n_samples": int((which != 2).sum()), "dimensions_used": 12, "whitening": "none", "seed": 0,
-        "initialisations": 2, "threshold": "|z| > 4", "scale": "0..1", "features": "none",
+        "n_reference": 3000, "n_samples": int((which != 2).sum()), "dimensions_used": 12, "whitening": "none",
+        "seed": 0, "initialisations": 2, "threshold": "|z| > 4", "scale": "0..1", "features": "none",
     } == told["protocol"]  # fmt: skip
 
 
