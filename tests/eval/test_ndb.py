@@ -1,6 +1,7 @@
 """NDB and JS divergence against SciPy and an independent computation, at the edges, and for false alarms."""
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from scipy import stats
 from scipy.spatial.distance import jensenshannon
 
 from eval.ndb import js_divergence, score, two_proportion_z
+from eval.resampling import flagged_bins, intervals, js_of_counts
 
 
 def plain_ndb(reference_labels, sample_labels, n_bins, threshold):
@@ -112,3 +114,171 @@ def test_same_distribution_raises_no_false_alarm_at_four():
 def test_unusable_arguments_are_refused(reference, samples, rule, words):
     with pytest.raises(ValueError, match=words):
         score(np.array(reference), np.array(samples), **rule)
+
+
+@pytest.mark.parametrize(("n1", "n2", "bins"), [(900, 800, 300), (60_000, 300, 150), (40, 5000, 20), (6, 5, 4)])
+def test_small_bins_get_fisher_s_exact_test(n1, n2, bins):
+    rng = np.random.default_rng(bins)
+    a, b = (rng.multinomial(n, rng.dirichlet(np.ones(bins))) for n in (n1, n2))
+    result = score(a, b)
+    total, n = a + b, n1 + n2
+    expected = np.stack([size * cell / n for size in (n1, n2) for cell in (total, n - total)])
+    assert np.array_equal(result.exact, (expected < 5).any(0))
+    assert result.exact.any()
+    for k in range(bins):
+        if result.exact[k]:
+            p_value = stats.fisher_exact([[a[k], n1 - a[k]], [b[k], n2 - b[k]]])[1]
+            assert result.p_values[k] == pytest.approx(p_value, rel=1e-7)
+            assert result.flagged[k] == (result.p_values[k] < 0.05)
+        else:
+            assert result.p_values[k] == 2 * stats.norm.sf(abs(result.z[k]))
+
+
+def test_an_exact_test_follows_the_z_rule_s_level():
+    reference, samples = np.array([9, 5000, 4991]), np.array([0, 3000, 2000])
+    table = [[9, 9991], [0, 5000]]
+    p_value = stats.fisher_exact(table)[1]
+    for z, flagged in ((stats.norm.isf(p_value / 2) - 0.01, True), (stats.norm.isf(p_value / 2) + 0.01, False)):
+        result = score(reference, samples, z_threshold=z)
+        assert result.exact.tolist() == [True, False, False]
+        assert result.flagged[0] == flagged
+    assert [row["test"] for row in result.to_dict()["per_bin"]] == ["z", "z", "exact"]
+
+
+def test_expected_by_chance_is_the_rate_of_flagged_bins():
+    """2000 pairs x 40 bins: the rate's standard error is below 0.03 bins, so 5 of them have odds below 1e-6."""
+    rng = np.random.default_rng(2)
+    proportions = rng.dirichlet(np.full(40, 0.7))
+    a, b = rng.multinomial(600, proportions, 2000), rng.multinomial(300, proportions, 2000)
+    found = [score(x, y, significance=0.1) for x, y in zip(a, b)]
+    small = np.stack([r.flagged & r.exact for r in found]).sum(1).mean()
+    expected = np.mean([r.expected_by_chance - 0.1 * np.count_nonzero(~r.exact) for r in found])
+    assert small == pytest.approx(expected, abs=0.15)
+    assert small < 0.5 * 0.1 * np.mean([r.exact.sum() for r in found])
+
+
+def naive_adjusted(p_values):
+    """Holm and Benjamini-Hochberg, straight from their definitions."""
+    n = len(p_values)
+    order = sorted(range(n), key=lambda k: p_values[k])
+    by_holm, by_bh = np.empty(n), np.empty(n)
+    for place, k in enumerate(order):
+        by_holm[k] = min(1, max((n - i) * p_values[order[i]] for i in range(place + 1)))
+        by_bh[k] = min(1, min(n / (i + 1) * p_values[order[i]] for i in range(place, n)))
+    return by_holm, by_bh
+
+
+def test_corrections_for_many_bins():
+    rng = np.random.default_rng(3)
+    a = rng.multinomial(20_000, np.full(50, 0.02))
+    b = rng.multinomial(5000, np.concatenate([np.full(45, 0.02), [0.001, 0.015, 0.03, 0.0252, 0.0288]]))
+    result = score(a, b, z_threshold=3.0)
+    by_holm, by_bh = naive_adjusted(result.p_values)
+    np.testing.assert_allclose(result.p_holm, by_holm, rtol=1e-12)
+    np.testing.assert_allclose(result.p_bh, by_bh, rtol=1e-12)
+    np.testing.assert_allclose(result.p_bh, stats.false_discovery_control(result.p_values), rtol=1e-12)
+    level = 2 * stats.norm.sf(3.0)
+    told = result.to_dict()
+    assert (told["ndb_holm"], told["ndb_bh"]) == ((by_holm < level).sum(), (by_bh < level).sum())
+    assert told["level"] == pytest.approx(level)
+    at_5 = {"level": 0.05, "ndb_holm": (by_holm < 0.05).sum(), "ndb_bh": (by_bh < 0.05).sum()}
+    assert told["corrected"] == [{"level": level, "ndb_holm": result.ndb_holm, "ndb_bh": result.ndb_bh}, at_5]
+    assert len(score(a, b).to_dict()["corrected"]) == 1
+
+
+def test_bins_that_are_empty_in_both_sets_are_no_tests():
+    a, b = np.array([500, 300, 200]), np.array([260, 130, 110])
+    plain, padded = score(a, b), score(np.append(a, [0] * 7), np.append(b, [0] * 7))
+    np.testing.assert_array_equal(padded.p_holm, np.append(plain.p_holm, np.ones(7)))
+    np.testing.assert_array_equal(padded.p_bh, np.append(plain.p_bh, np.ones(7)))
+    assert padded.expected_by_chance == pytest.approx(plain.expected_by_chance)
+
+
+def test_js_floor_is_the_chi_square_s_and_tells_a_difference():
+    """The mean of 1000 draws has a relative standard error of 0.5 %, and the expansion one of 0.1 % here."""
+    rng = np.random.default_rng(4)
+    proportions = rng.dirichlet(np.full(100, 20.0))
+    a, b = rng.multinomial(45_000, proportions), rng.multinomial(20_000, proportions)
+    floor = score(a, b).js_floor
+    scale = (1 / 45_000 + 1 / 20_000) / 8
+    assert floor.mean == pytest.approx(99 * scale, rel=0.03)
+    assert floor.quantile == pytest.approx(stats.chi2.ppf(0.95, 99) * scale, rel=0.04)
+    chi_square = stats.chi2.sf(js_divergence(a, b) / scale, 99)
+    assert floor.p_value == pytest.approx(chi_square, abs=0.09)  # 5 standard errors
+    b[0] = 0
+    assert score(a, b).js_floor.p_value == 1 / 1001
+    assert score(a, a).js_floor.p_value == 1
+
+
+def situations():
+    """No difference; a tenth of the bins moderately different (3 to 4 standard errors); a collapsed mode."""
+    p = np.random.default_rng(5).dirichlet(np.full(40, 8.0))
+    moderate, collapsed = p.copy(), p.copy()
+    moderate[:4] += np.array([3.0, -3.0, 4.0, -4.0]) * np.sqrt(p[:4] * (1 / 12_000 + 1 / 6000))
+    collapsed[np.argsort(p)[30]] = 0
+    return {"none": (p, p), "moderate": (p, moderate / moderate.sum()), "collapsed": (p, collapsed / collapsed.sum())}
+
+
+@pytest.mark.parametrize("situation", ["none", "moderate", "collapsed"])
+def test_intervals_cover_the_mean_of_the_scores(situation):
+    """60 pairs: at a coverage of 0.95 more than 12 misses have odds of 2e-5; widths are known to about 5 %."""
+    p, q = situations()[situation]
+    rng = np.random.default_rng(6)
+    a, b = rng.multinomial(12_000, p, 2000), rng.multinomial(6000, q, 2000)
+    rule = {"level": 0.05, "z_threshold": stats.norm.isf(0.025)}
+    scores = {"ndb_over_k": flagged_bins(a, b, **rule).mean(1), "js": js_of_counts(a, b)}
+    found = [intervals(x, y, **rule, seed=0) for x, y in zip(a[:60], b[:60])]
+    for name, values in scores.items():
+        low, high = np.array([getattr(each, name) for each in found]).T
+        assert np.sum((low <= values.mean()) & (values.mean() <= high)) >= 48
+        assert ((low <= values[:60]) & (values[:60] <= high)).all()
+        if name == "js":  # those of NDB are cut at 0
+            assert 0.8 < np.mean(high - low) / np.ptp(np.quantile(values, [0.025, 0.975])) < 1.25
+
+
+def test_simulations_are_fixed_by_the_seed():
+    rng = np.random.default_rng(7)
+    a, b = rng.multinomial(900, np.full(20, 0.05)), rng.multinomial(500, np.full(20, 0.05))
+    assert score(a, b).to_dict() == score(a, b).to_dict()
+    assert score(a, b, seed=1).to_dict() != score(a, b).to_dict()
+    with pytest.raises(ValueError, match="seed"):
+        score(a, b, seed=-1)
+
+
+@pytest.mark.parametrize(
+    ("reference", "samples"),
+    [
+        ([70, 30], [9, 1]),
+        ([50], [20]),
+        ([0, 80, 0], [0, 7, 0]),
+        ([40, 0, 10], [40, 0, 10]),
+        ([1, 0, 0], [0, 1, 0]),
+        ([10**9, 3 * 10**9, 20], [12, 30, 5]),
+        ([0, 10**6], [3000, 0]),
+    ],
+)
+def test_extreme_counts_score_without_nan(reference, samples):
+    result = score(np.array(reference), np.array(samples))
+    told = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+    assert told["per_bin"][0]["p_value"] == min(row["p_value"] for row in told["per_bin"])
+    assert told["intervals"]["js"][0] <= result.js <= told["intervals"]["js"][1]
+    assert 0 <= result.ndb_holm <= result.ndb_bh <= len(reference)
+    if reference == samples or len(np.flatnonzero(np.add(reference, samples))) == 1:
+        assert (result.ndb, result.js) == (0, 0)
+
+
+def test_two_bins_are_one_test():
+    result = score(np.array([996, 4]), np.array([491, 9]))
+    assert result.exact.tolist() == [True, True]
+    assert result.p_values[0] == result.p_values[1] == pytest.approx(stats.fisher_exact([[996, 4], [491, 9]])[1])
+
+
+def test_ten_thousand_bins_are_judged_within_a_second():
+    rng = np.random.default_rng(8)
+    p = rng.dirichlet(np.full(10_000, 3.0))
+    a, b = rng.multinomial(10**8, p), rng.multinomial(20_000, p)
+    started = time.process_time()
+    result = score(a, b)
+    assert time.process_time() - started < 0.5
+    assert result.exact.sum() > 9000
+    assert result.intervals.replicates == 100
