@@ -338,18 +338,28 @@ def scores_table(comparison: Comparison) -> ReportTable | None:
 
 
 def bins_table(comparison: Comparison) -> ReportTable:
-    """NDB and JS by every set of bins, with what chance alone would give."""
-    columns = ["samples", "bins", "NDB", "by chance", "NDB/K", "JS (nats)", "n"]
+    """NDB and JS by every set of bins: as they are, corrected, with intervals, and what chance alone would give."""
+    columns = ["samples", "bins", "NDB", "by chance", "Holm", "BH", "NDB/K", "95 %", "JS (nats)", "95 %", "floor", "p", "n"]
     cells = []
     for row in comparison.rows:
         for evaluation in row.evaluations:
-            result = evaluation.result
+            r = evaluation.result
             cells.append([
-                row.name, f"{result.bins}", f"{result.ndb}", f"{result.expected_by_chance:.1f}",
-                f"{result.ndb_over_k:.3f}", f"{result.js:.4f}", f"{result.n_samples:,}",
+                *(row.name, f"{r.bins}", f"{r.ndb}", f"{r.expected_by_chance:.1f}", f"{r.ndb_holm}", f"{r.ndb_bh}"),
+                *(f"{r.ndb_over_k:.3f}", _range(r.intervals.ndb_over_k, 3), f"{r.js:.4f}", _range(r.intervals.js, 4)),
+                *(f"{r.js_floor.mean:.4f}", f"{r.js_floor.p_value:.3f}", f"{r.n_samples:,}"),
             ])  # fmt: skip
-    note = f"A bin differs where {comparison.rows[0].evaluation.result.threshold}."
+    rule = comparison.rows[0].evaluation.result.threshold
+    note = (
+        f"A bin differs where {rule}. Holm: no false alarm at all, BH: few among those flagged, at the same level. 95 %: "
+        "if both sets were drawn again. Floor: the mean JS of two such sets of one distribution; p: the share of them "
+        "with more."
+    )
     return ReportTable("NDB and JS", columns, cells, note)
+
+
+def _range(interval: tuple[float, float], digits: int) -> str:
+    return f"{interval[0]:.{digits}f}–{interval[1]:.{digits}f}"
 
 
 def worst_bins(reference: Reference, bins: Bins, row: Row) -> ReportSection:

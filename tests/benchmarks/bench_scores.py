@@ -44,7 +44,7 @@ def frechet(d: int, rng: np.random.Generator) -> None:
     x, y = (rng.normal(size=(N, d)).astype(np.float32) @ mixing for _ in range(2))
     x64 = x.astype(np.float64)
     moments = [Moments(d), Moments(d)]
-    line(f"moments, d = {d}", lambda: Moments(d).update(x), lambda: x64.T @ x64, "product of [d, n] and itself, float64")
+    line(f"moments, d = {d}", lambda: Moments(d).update(x), lambda: x64.T @ x64, "product, float64")
     moments[0].update(x)
     moments[1].update(y)
     a, b = (m.covariance() for m in moments)
