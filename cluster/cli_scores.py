@@ -87,7 +87,7 @@ def evaluate(
     if report:
         _write_report(report, comparison, seconds)
     if as_json:
-        print(json.dumps({**row.to_dict(), "seconds": seconds}))
+        print(json.dumps(row.to_dict()))
         return
     result = row.evaluation.result
     table = Table("bin", "direction", "reference", "samples", "z", box=None, pad_edge=False)
@@ -150,7 +150,7 @@ def compare(
     if report:
         _write_report(report, comparison, seconds)
     if as_json:
-        print(json.dumps({"sets": [row.to_dict() for row in comparison.rows], "seconds": seconds}))
+        print(json.dumps([row.to_dict() for row in comparison.rows]))
         return
     from eval.comparison import bins_table
 

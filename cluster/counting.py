@@ -10,8 +10,9 @@ import ray
 
 from data.errors import StorageError, UserError, one_line
 from data.partitions import Partitions
-from eval.measure import View, merge_into, observe_partition
+from eval.measure import View, merge_into
 from eval.observed import Pass
+from eval.stored import observe_stored
 
 MAX_RETRIES = 3
 
@@ -20,6 +21,7 @@ def ray_pass(
     partitions: Partitions,
     open_view: Callable[[], View],
     progress: Callable[..., Any] = lambda *a, **b: None,
+    store: str | None = None,
     cpus_per_task: float = 1,
     gpus_per_task: float = 0,
 ) -> Pass:
@@ -32,23 +34,18 @@ def ray_pass(
         partitions: the set.
         open_view: opens the view in a worker; a function of a module (or a partial of one), as it is sent there.
         progress: told (samples done, total) as results come in.
+        store: folder where the statistics of each partition are kept (see `eval.stored`).
         cpus_per_task, gpus_per_task: what a task reserves.
 
     Raises:
-        UserError: as `observe_partition`, or a task that was killed too often.
+        UserError: as `eval.measure.observe_partition`, or a task that was killed too often.
     """
-    shared = ray.put(partitions)
-    task = ray.remote(
-        num_cpus=cpus_per_task, num_gpus=gpus_per_task, max_retries=MAX_RETRIES, retry_exceptions=[StorageError]
-    )(_observe)
-    window = max(2, int(2 * ray.cluster_resources().get("CPU", 1) / cpus_per_task))
-
     def over(observers: Mapping[str, Any]) -> Mapping[str, Any]:
-        empty = ray.put(dict(observers))
-        calls = (functools.partial(task.remote, shared, number, empty, open_view) for number in range(len(partitions)))
         total: dict[str, Any] = {}
         done = 0
-        for number, part in enumerate(in_order(calls, window)):
+        placed = {"cpus_per_task": cpus_per_task, "gpus_per_task": gpus_per_task}
+        parts = ray_map(observe_stored, partitions, open_view, dict(observers), store, **placed)
+        for number, part in enumerate(parts):
             merge_into(total, part)
             done += 1 if partitions.sizes is None else partitions.sizes[number]
             progress(done, total=len(partitions) if partitions.n is None else partitions.n)
@@ -57,6 +54,24 @@ def ray_pass(
         return total
 
     return over
+
+
+def ray_map(
+    function: Callable[..., Any],
+    partitions: Partitions,
+    open_view: Callable[[], View],
+    *arguments: Any,
+    cpus_per_task: float = 1,
+    gpus_per_task: float = 0,
+) -> Iterator[Any]:
+    """function(partitions, number, view, *arguments) of every partition, one Ray task each, in the set's order."""
+    task = ray.remote(
+        num_cpus=cpus_per_task, num_gpus=gpus_per_task, max_retries=MAX_RETRIES, retry_exceptions=[StorageError]
+    )(_apply)
+    # Sent once, not with every task.
+    shared = [ray.put(part) for part in (function, partitions, open_view, *arguments)]
+    window = max(2, int(2 * ray.cluster_resources().get("CPU", 1) / cpus_per_task))
+    yield from in_order((functools.partial(task.remote, number, *shared) for number in range(len(partitions))), window)
 
 
 def in_order(calls: Iterator[Callable[[], Any]], window: int) -> Iterator[Any]:
@@ -91,7 +106,8 @@ def result_of(reference: Any) -> Any:
 
 
 
-def _observe(
-    partitions: Partitions, number: int, observers: Mapping[str, Any], open_view: Callable[[], View]
-) -> Mapping[str, Any]:
-    return observe_partition(partitions, number, observers, open_view())
+def _apply(
+    number: int, function: Callable[..., Any], partitions: Partitions, open_view: Callable[[], View], *arguments: Any
+) -> Any:
+    return function(partitions, number, open_view(), *arguments)
+

@@ -25,6 +25,7 @@ from eval.observed import Pass
 from eval.reference import REFERENCE, Reference, fit_reference
 from eval.report import ReportSection, ReportTable, render_report
 from eval.scores import ScoreSettings
+from eval.stored import observe_stored
 
 _TRAIN, _TEST = "train", "test"
 
@@ -101,14 +102,29 @@ class Runner:
         look = self.looking
         self.view = functools.partial(open_view, look.features, look.classifier, look.tracking_uri)
 
-    def over(self, partitions: Partitions, advance: Callable[..., Any]) -> Pass:
-        """A pass over a set, by all workers."""
+    def over(self, partitions: Partitions, advance: Callable[..., Any], store: str | None = None) -> Pass:
+        """A pass over a set, by all workers; `store` keeps what was found of each partition."""
         if not self.by_ray:
-            return local_pass(partitions, self.view(), advance)
+            return local_pass(partitions, self.view(), advance, functools.partial(observe_stored, store=store))
         from cluster.counting import ray_pass
 
         look = self.looking
-        return ray_pass(partitions, self.view, advance, look.cpus_per_task, look.gpus_per_task)
+        return ray_pass(partitions, self.view, advance, store, look.cpus_per_task, look.gpus_per_task)
+
+    def map(self, function: Callable[..., Any], partitions: Partitions, *arguments: Any) -> Iterator[Any]:
+        """function(partitions, number, view, *arguments) of every partition, by all workers, in the set's order."""
+        if not self.by_ray:
+            view = self.view()
+            yield from (function(partitions, number, view, *arguments) for number in range(len(partitions)))
+            return
+        from cluster.counting import ray_map
+
+        look = self.looking
+        yield from ray_map(
+            *(function, partitions, self.view, *arguments),
+            cpus_per_task=look.cpus_per_task,
+            gpus_per_task=look.gpus_per_task,
+        )
 
 
 @contextmanager
@@ -199,6 +215,7 @@ def score_sets(
     rule: Rule,
     scores: ScoreSettings,
     held_out: Partitions | None = None,
+    store: str | None = None,
 ) -> Comparison:
     """Judges sets by a reference, each in one pass (and one more over the reference, where copies are searched).
 
@@ -210,12 +227,13 @@ def score_sets(
         with runner.stages.stage(f"score {name}"[:22], unit="samples") as advance:
             rows.append(
                 judge(
-                    *(samples, runner.over(samples, advance), reference),
+                    *(samples, runner.over(samples, advance, store), reference),
                     name=name,
                     rule=rule,
                     scores=scores,
                     over_reference=None if partitions is None else runner.over(partitions, advance),
                     held_out=None if held_out is None else (held_out, runner.over(held_out, advance)),
+                    stored=store is not None,
                 )
             )
     return Comparison(reference, rows)

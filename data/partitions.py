@@ -108,18 +108,39 @@ class Partitions(ABC):
             UserError: as `pieces`, or no sample is there.
         """
         found: dict[int, np.ndarray] = {}
-        for number in np.unique(positions >> _ROW_BITS):
-            rows = np.unique(positions[positions >> _ROW_BITS == number] & ((1 << _ROW_BITS) - 1))
+        for places, piece, rows in self._at(positions):
+            found.update(zip(places, scale(piece.x[rows], self.levels)))
+        return np.stack(self._ordered(found, positions))
+
+    def names(self, positions: np.ndarray) -> list[str]:
+        """The keys of samples, by their positions, in that order.
+
+        Raises:
+            UserError: as `fetch`.
+        """
+        found: dict[int, str] = {}
+        for places, piece, rows in self._at(positions):
+            keys = piece.keys()
+            found.update(zip(places, (keys[row] for row in rows)))
+        return self._ordered(found, positions)
+
+    def _at(self, positions: np.ndarray) -> Iterator[tuple[list[int], Piece, np.ndarray]]:
+        """The pieces that hold these positions, with the positions and the rows in each."""
+        numbers, below = positions >> _ROW_BITS, positions & ((1 << _ROW_BITS) - 1)
+        for number in np.unique(numbers):
+            rows = np.unique(below[numbers == number])
             for piece in self.pieces(int(number)):
                 inside = rows[(rows >= piece.start) & (rows < piece.start + len(piece.x))]
-                x = scale(piece.x[inside - piece.start], self.levels)
-                found.update(zip((position(int(number), inside)).tolist(), x))
-                if not len(rows) or piece.start + len(piece.x) > rows[-1]:
+                if len(inside):
+                    yield position(int(number), inside).tolist(), piece, inside - piece.start
+                if piece.start + len(piece.x) > rows[-1]:
                     break
+
+    def _ordered(self, found: dict[int, Any], positions: np.ndarray) -> list[Any]:
         try:
-            return np.stack([found[place] for place in positions.tolist()])
-        except (KeyError, ValueError) as error:
-            raise UserError(f"{self.name}: samples changed while they were read: run this again") from error
+            return [found[place] for place in positions.tolist()]
+        except KeyError:
+            raise UserError(f"{self.name}: samples changed while they were read: run this again") from None
 
 
 def position(number: int, rows: np.ndarray) -> np.ndarray:

@@ -23,7 +23,7 @@ from scipy import sparse
 from data import kmeans, storage
 from data.errors import UserError
 from data.limits import MAX_SEED
-from eval.observed import Digest, Extent, Observed, Pass, Sketch, Spread
+from eval.observed import Digest, Extent, Observed, Pass, Sketch, Spread, moved
 
 PIXELS = "pixels"
 # Pictures of members that travel with the bins: no more than these bytes, and no more of a bin than these.
@@ -375,28 +375,22 @@ class CentreSums:
 class BinCounts:
     """Samples per bin, and a few of each: those with the smallest random numbers."""
 
-    def __init__(self, bins: Bins | None) -> None:
-        self.bins = bins.without_pictures() if bins is not None else None
-        n_bins = len(bins.counts) if bins is not None else 0
+    def __init__(self, bins: Bins) -> None:
+        self.bins = bins.without_pictures()
+        n_bins = len(bins.counts)
         self.counts = np.zeros(n_bins, np.int64)
         self.distance = 0.0
         self._limit = np.full(n_bins, np.iinfo(np.uint64).max, np.uint64)
         self._kept = (np.zeros(0, np.int64), np.zeros(0, np.uint64), np.zeros(0, np.int64))
 
     def observe(self, seen: Observed) -> None:
-        if self.bins is None:
-            raise ValueError("these counts were restored without their bins: they merge, but count no more")
         labels, distances = self.bins.assign(seen)
-        self.count(labels, seen.ids, seen.positions)
         if distances is not None:
             self.distance += float(distances.sum(dtype=np.float64))
-
-    def count(self, labels: np.ndarray, ids: np.ndarray, positions: np.ndarray) -> None:
-        """Takes in samples whose bins are known."""
         self.counts += np.bincount(labels, minlength=len(self.counts))
-        rows = ids < self._limit[labels]
+        rows = seen.ids < self._limit[labels]
         if rows.any():
-            self._keep(labels[rows], ids[rows], positions[rows])
+            self._keep(labels[rows], seen.ids[rows], seen.positions[rows])
 
     def merge(self, other: Self) -> None:
         self.counts += other.counts
@@ -426,12 +420,15 @@ class BinCounts:
         kept = {"labels": labels, "ids": ids, "positions": positions}
         return {**kept, "counts": self.counts, "distance": np.array([self.distance])}
 
-    @classmethod
-    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Self:
-        found = cls(None)
+    def identity(self) -> str:
+        """What else it depends on."""
+        return f"counts {self.bins.fingerprint}"
+
+    def restored(self, arrays: Mapping[str, np.ndarray], number: int) -> BinCounts:
+        """Of that state, of the partition that is number `number` now."""
+        found = BinCounts(self.bins)
         found.counts, found.distance = arrays["counts"].copy(), float(arrays["distance"][0])
-        found._limit = np.full(len(found.counts), np.iinfo(np.uint64).max, np.uint64)
-        found._keep(arrays["labels"], arrays["ids"], arrays["positions"])
+        found._keep(arrays["labels"], arrays["ids"], moved(arrays["positions"], number))
         return found
 
 

@@ -79,6 +79,7 @@ def judge(
     extras: Mapping[str, Any] | None = None,
     over_reference: Pass | None = None,
     held_out: tuple[Partitions, Pass] | None = None,
+    stored: bool = False,
 ) -> Row:
     """Every score of one set of samples, in one pass over it.
 
@@ -93,6 +94,7 @@ def judge(
         extras: further facts for the protocol.
         over_reference: passes over the reference, for the search for copies.
         held_out: data that nobody trained on, for the same search.
+        stored: the pass keeps what it found of each partition: subsets then may not depend on the set's size.
 
     Raises:
         UserError: samples that do not fit the reference, or too few of them.
@@ -100,8 +102,9 @@ def judge(
     digest = {} if samples.fingerprint else {"digest": Digest()}
     counts = {f"bins {i}": BinCounts(bins) for i, bins in enumerate(reference.bins)}
     search = "memorisation" in scores.names and over_reference is not None and held_out is not None
-    queries = {"queries": Sketch(_QUERIES, samples.n, scores.seed)} if search else {}
-    seen = over({"extent": Extent(), "summary": Summary(scores, samples.n), **counts, **digest, **queries})
+    n = None if stored else samples.n
+    queries = {"queries": Sketch(_QUERIES, n, scores.seed)} if search else {}
+    seen = over({"extent": Extent(), "summary": Summary(scores, n), **counts, **digest, **queries})
     fingerprint = samples.fingerprint or seen["digest"].hexdigest()
     words = scale or f"reference {reference.scale}; samples {samples.scale}"
     facts = {"samples_fingerprint": fingerprint, **(extras or {})}
@@ -339,7 +342,8 @@ def scores_table(comparison: Comparison) -> ReportTable | None:
 
 def bins_table(comparison: Comparison) -> ReportTable:
     """NDB and JS by every set of bins: as they are, corrected, with intervals, and what chance alone would give."""
-    columns = ["samples", "bins", "NDB", "by chance", "Holm", "BH", "NDB/K", "95 %", "JS (nats)", "95 %", "floor", "p", "n"]
+    columns = ["samples", "bins", "NDB", "by chance", "Holm", "BH", "NDB/K", "95 %"]
+    columns += ["JS (nats)", "95 %", "floor", "p", "n"]
     cells = []
     for row in comparison.rows:
         for evaluation in row.evaluations:
@@ -351,9 +355,9 @@ def bins_table(comparison: Comparison) -> ReportTable:
             ])  # fmt: skip
     rule = comparison.rows[0].evaluation.result.threshold
     note = (
-        f"A bin differs where {rule}. Holm: no false alarm at all, BH: few among those flagged, at the same level. 95 %: "
-        "if both sets were drawn again. Floor: the mean JS of two such sets of one distribution; p: the share of them "
-        "with more."
+        f"A bin differs where {rule}. Holm: no false alarm at all, BH: few among those flagged, at the same level. "
+        "95 %: if both sets were drawn again. Floor: the mean JS of two such sets of one distribution; p: the share of "
+        "them with more."
     )
     return ReportTable("NDB and JS", columns, cells, note)
 

@@ -49,7 +49,7 @@ class View:
 
 
 def observe_partition(
-    partitions: Partitions, number: int, observers: Mapping[str, Any], view: View
+    partitions: Partitions, number: int, view: View, observers: Mapping[str, Any]
 ) -> Mapping[str, Any]:
     """Fresh copies of the observers that have seen one partition.
 
@@ -96,17 +96,30 @@ def _joined(pieces: list[Piece], levels: int | None) -> tuple[int, np.ndarray, n
     return pieces[0].start, scale(x, levels), labels
 
 
+Observe = Callable[[Partitions, int, View, Mapping[str, Any]], Mapping[str, Any]]
+
+
 def local_pass(
-    partitions: Partitions, view: View | None = None, progress: Callable[..., Any] = lambda *a, **b: None
+    partitions: Partitions,
+    view: View | None = None,
+    progress: Callable[..., Any] = lambda *a, **b: None,
+    observe: Observe | None = None,
 ) -> Pass:
-    """Passes over a set in this process; `progress(done, total)` is told the samples, where their number is known."""
-    seen_by = view or View()
+    """Passes over a set in this process.
+
+    Args:
+        partitions: the set.
+        view: what is looked at; the samples' own values if None.
+        progress: told (samples done, total), or partitions where the samples' number is not known.
+        observe: takes the place of `observe_partition`.
+    """
+    seen_by, look = view or View(), observe or observe_partition
 
     def over(observers: Mapping[str, Any]) -> Mapping[str, Any]:
         total: dict[str, Any] = {}
         done = 0
         for number in range(len(partitions)):
-            merge_into(total, observe_partition(partitions, number, observers, seen_by))
+            merge_into(total, look(partitions, number, seen_by, observers))
             done += 1 if partitions.sizes is None else partitions.sizes[number]
             progress(done, total=len(partitions) if partitions.n is None else partitions.n)
         if not total:

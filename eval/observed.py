@@ -13,6 +13,7 @@ import numpy as np
 from data import kmeans
 from data.errors import UserError
 from data.limits import MAX_MAGNITUDE
+from data.partitions import position
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,11 @@ class Observer(Protocol):
     def merge(self, other: Self) -> None:
         """Takes in what another one has seen."""
         ...
+
+
+def moved(positions: np.ndarray, number: int) -> np.ndarray:
+    """Positions [n] of one partition, as they are where it is number `number`."""
+    return position(number, positions & 0xFFFFFFFF)
 
 
 # A sketch that is given no number holds no more than this.
@@ -86,6 +92,20 @@ class Digest:
 
     def merge(self, other: Self) -> None:
         self.parts.update(other.parts)
+
+    def identity(self) -> str:
+        """What else it depends on."""
+        return "digest"
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The state, of one partition."""
+        return {"digest": np.frombuffer(b"".join(self.parts.values()), np.uint8)}
+
+    def restored(self, arrays: Mapping[str, np.ndarray], number: int) -> Digest:
+        """Of that state, of the partition that is number `number` now."""
+        found = Digest()
+        found.parts = {number: arrays["digest"].tobytes()}
+        return found
 
     def hexdigest(self) -> str:
         """SHA-256 over all partitions."""
@@ -136,10 +156,14 @@ class Extent:
         whole = [self.rows, self.n, self.n_values, *(self.shape or ())]
         return {"numbers": np.array(numbers), "whole": np.array(whole, np.int64)}
 
-    @classmethod
-    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Self:
+    def identity(self) -> str:
+        """What else it depends on."""
+        return f"extent {self.rows}"
+
+    def restored(self, arrays: Mapping[str, np.ndarray], number: int) -> Extent:
+        """Of that state."""
         rows, n, n_values, *shape = arrays["whole"].tolist()
-        found = cls(rows)
+        found = Extent(rows)
         found.n, found.n_values, found.shape = n, n_values, tuple(shape) or None
         found.low, found.high, found.sum_of_squares = arrays["numbers"].tolist()
         return found
@@ -229,6 +253,16 @@ class Sketch:
         names = ("numbers", "positions", "features")
         found = dict(zip(names, self.parts[0])) if self.parts else {}
         return {**found, "settings": np.array([self.capacity or 0, self.seed], np.int64)}
+
+    def identity(self) -> str:
+        """What else it depends on."""
+        return f"sketch {self.capacity} {self.n} {self.seed}"
+
+    def restored(self, arrays: Mapping[str, np.ndarray], number: int) -> Sketch:
+        """Of that state, of the partition that is number `number` now."""
+        found = Sketch.from_arrays(arrays)
+        found.parts = [(numbers, moved(places, number), x) for numbers, places, x in found.parts]
+        return found
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Self:

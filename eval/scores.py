@@ -118,6 +118,17 @@ class Summary:
         found.labels = arrays["labels"]
         return found
 
+    def identity(self) -> str:
+        """What else it depends on."""
+        return f"summary {self.settings} {self.n}"
+
+    def restored(self, arrays: Mapping[str, np.ndarray], number: int) -> Summary:
+        """Of that state, of the partition that is number `number` now."""
+        found = Summary.from_arrays(self.settings, arrays)
+        if found.sketch is not None:
+            found.sketch = found.sketch.restored(found.sketch.arrays(), number)
+        return found
+
     def label_distribution(self) -> tuple[np.ndarray, str] | None:
         """p*(y) and where it comes from: the labels where there are any, else what the classifier says."""
         if self.labels.sum():
