@@ -204,13 +204,15 @@ def study(
     classes: str = typer.Option(None, "--classes", help="thin these classes, one at a time (default: each)"),
     bins: int = typer.Option(100, "--bins", min=2, help="K-means bins"),
     splits: int = typer.Option(20, "--splits", min=2, help="random splits into reference and samples that are judged"),
-    calibration: int = typer.Option(39, "--calibration", min=1, help="further splits, which fix the thresholds"),
+    calibration: int = typer.Option(99, "--calibration", min=1, help="further splits, which fix the thresholds"),
     level: float = typer.Option(0.05, "--level", help="false-alarm rate that is allowed"),
     samples: int = typer.Option(5000, "--samples", min=10, help="samples of each half of a split, at most"),
     subsample: int = typer.Option(2000, "--subsample", min=10, help="samples for scores of pairs"),
     n_init: int = typer.Option(2, "--n-init", min=1, help="K-means initialisations"),
     scores: str = typer.Option(
-        "all", "--scores", help="all, or some of ndb,ndb_holm,ndb_bh,js,fid,kid,precision,recall,density,coverage,sliced"
+        "all",
+        "--scores",
+        help="all, or some of ndb,ndb_holm,ndb_bh,js,fid,kid,precision,recall,density,coverage,sliced",
     ),
     by_class: str = typer.Option(
         None, "--by-class", help="the score that is also shown class by class (default: ndb_holm)"

@@ -1,4 +1,4 @@
-"""How often scores notice planted collapse: thresholds from untouched samples, power, false alarms, and their picture."""
+"""How often scores notice planted collapse: thresholds by untouched samples, power, false alarms, and a picture."""
 
 from __future__ import annotations
 
@@ -60,9 +60,7 @@ def allowed(n: int, level: float) -> int:
     return rank
 
 
-def power_of(
-    measure: Measure, level: float, calibration: np.ndarray, null: np.ndarray, thinned: np.ndarray
-) -> Power:
+def power_of(measure: Measure, level: float, calibration: np.ndarray, null: np.ndarray, thinned: np.ndarray) -> Power:
     """Power and false alarms of one score.
 
     Args:
@@ -130,21 +128,20 @@ def power_curves(found: Mapping[str, Power], keep: Sequence[float], level: float
     names = sorted(curves, key=lambda name: (-curves[name][-1], -curves[name].mean()))
     heights = _spread(np.array([curves[name][-1] for name in names]))
     axes.axhline(level, color=canvas.PALE, linewidth=1, linestyle=(0, (2, 2)))
-    axes.annotate(
-        f"false alarms allowed: {level:.3g}", (1, level), (4, 3), textcoords="offset points", fontsize=8,
-        color=canvas.MUTED,
-    )  # fmt: skip
+    told, patch = f"false alarms allowed: {level:.3g}", {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+    style: dict[str, Any] = {"fontsize": 8, "color": canvas.MUTED, "bbox": patch}
+    axes.annotate(told, (1, level), (6, 4), textcoords="offset points", **style)
+    beside = axes.get_yaxis_transform()
     for name, height in zip(names, heights):
         colour, line, marker = _STYLES[name]
-        axes.plot(
-            shares, curves[name], color=colour, linestyle=line, marker=marker, markersize=5, linewidth=1.7,
-            clip_on=False, markeredgecolor="white", markeredgewidth=0.6,
-        )  # fmt: skip
-        axes.annotate(
-            MEASURES[name].label, (shares[-1], curves[name][-1]), (1.06, height),
-            textcoords=axes.get_yaxis_transform(), va="center", fontsize=9.5, color=colour,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 4},
-        )  # fmt: skip
+        drawn: dict[str, Any] = {"color": colour, "linestyle": line, "linewidth": 1.7, "clip_on": False}
+        drawn |= {"marker": marker, "markersize": 5, "markeredgecolor": "white", "markeredgewidth": 0.6}
+        axes.plot(shares, curves[name], **drawn)
+        # From the curve's end a thin line to a piece of the curve, and its name: ends may meet in one point.
+        leader = ([1.008, 1.05], [curves[name][-1], height])
+        axes.plot(*leader, color=colour, linewidth=0.6, alpha=0.7, clip_on=False, transform=beside)
+        axes.plot([1.05, 1.075, 1.1], [height] * 3, markevery=[1], transform=beside, **drawn)
+        axes.text(1.11, height, MEASURES[name].label, transform=beside, va="center", fontsize=9.5, color=colour)
     axes.set_xlim(1.0, shares[-1])
     axes.set_ylim(0, 1.02)
     axes.set_xticks(shares, ["100 %\n(untouched)", *(f"{100 * share:.3g} %" for share in shares[1:])])
@@ -160,5 +157,4 @@ def _spread(wanted: np.ndarray) -> np.ndarray:
     placed = np.minimum.accumulate(np.minimum(wanted, 1.0) + steps) - steps
     # What would hang below the axis pushes the others up.
     lowest = steps[::-1]
-    placed = np.maximum(placed, lowest)
-    return placed
+    return np.asarray(np.maximum(placed, lowest))
