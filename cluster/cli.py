@@ -293,7 +293,7 @@ def traverse(
         out_console.print(str(Path(out) / name), highlight=False)
 
 
-for command in (cli_scores.evaluate, cli_scores.compare, cli_scores.reference):
+for command in (cli_scores.evaluate, cli_scores.compare, cli_scores.reference, cli_scores.watch):
     app.command()(command)
 
 

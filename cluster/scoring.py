@@ -168,7 +168,7 @@ def reference_of(
         UserError: nothing usable there, or a reference in another space of features than the one asked for.
     """
     space = runner.view().space
-    if _has_reference(place):
+    if is_reference(place):
         with runner.stages.stage("load reference"):
             reference = Reference.load(storage.check_url(place))
         if reference.bins[0].centres is not None and reference.space != space:
@@ -187,7 +187,8 @@ def reference_of(
     return reference, partitions
 
 
-def _has_reference(place: str) -> bool:
+def is_reference(place: str) -> bool:
+    """Whether a fitted reference lies there."""
     if is_spec(place) or place.startswith("models:"):
         return False
     return storage.exists(storage.join(storage.check_url(place), REFERENCE))
@@ -195,7 +196,7 @@ def _has_reference(place: str) -> bool:
 
 def held_out_of(place: str, taking: Taking) -> Partitions | None:
     """The test split of a reference that is a training split; None where it has none."""
-    if taking.split != _TRAIN or _has_reference(place) or place.startswith("models:") or model_folder(place):
+    if taking.split != _TRAIN or is_reference(place) or place.startswith("models:") or model_folder(place):
         return None
     whole = open_set(place, taking)
     try:
