@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from typer.exceptions import TyperException
 
+from cluster import cli_scores
 from cluster.entry import leave_interrupted
+from cluster.terminal import RAY, TRACKING, out_console, print_fields, print_table
 from data.errors import UserError, io_error, one_line, printable
-from data.limits import MAX_DRAWN, MAX_SEED, MAX_SIDE
+from data.limits import MAX_DRAWN, MAX_SEED
 
 if TYPE_CHECKING:
-    from eval.report import ReportTable
+    pass
 
 app = typer.Typer(
     name="manymodes",
@@ -31,13 +31,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     epilog="Any command takes --debug, which shows a traceback instead of a one-line error.",
 )
-# Paths and names are printed as they are: square brackets in them are no markup.
-out_console = Console(markup=False, emoji=False, width=None if sys.stdout and sys.stdout.isatty() else 140)
 _STARTED = time.perf_counter()
 
 SET = typer.Option(None, "--set", metavar="KEY=VALUE", help="change a field of the recipe, as training.steps=500")
-RAY = typer.Option(None, "--ray-address", help="existing Ray cluster (HOST:PORT); starts one here if left out")
-TRACKING = typer.Option(None, "--tracking-uri", help="MLflow; default MLFLOW_TRACKING_URI or ./mlflow.db")
 
 
 @app.command()
@@ -101,13 +97,13 @@ def run(
 
     loaded = load_recipe(recipe, set_ or ())
     summary = run_job(loaded, out, ray_address=ray_address, began=_STARTED)
-    _print_table(summary["table"])
+    print_table(summary["table"])
     stages = Table("stage", "seconds", box=None, pad_edge=False)
     for name, seconds in summary["seconds"].items():
         stages.add_row(name, f"{seconds:.1f}")
     stages.add_row("all", f"{sum(summary['seconds'].values()):.1f}")
     out_console.print(stages)
-    _print_fields(
+    print_fields(
         report=summary["report"],
         model=f"{summary['model_uri']} (version {summary['model_version']})",
         mlflow=f"{summary['mlflow_tracking_uri']} run {summary['mlflow_run_id']}",
@@ -130,7 +126,7 @@ def train(
     for name, seconds in result["seconds"].items():
         table.add_row(name, f"{seconds:.1f}")
     out_console.print(table)
-    _print_fields(model=result["model"], mlflow=f"{result['mlflow_tracking_uri']} run {result['mlflow_run_id']}")
+    print_fields(model=result["model"], mlflow=f"{result['mlflow_tracking_uri']} run {result['mlflow_run_id']}")
 
 
 @app.command()
@@ -241,7 +237,7 @@ def outliers(
         value = f"{entry['log_likelihood']:.2f}"
         table.add_row(str(rank), str(entry["index"]), value, str(entry["component"]), label)
     out_console.print(table)
-    _print_fields(picture=str(Path(out) / "outliers.png"), table=str(Path(out) / "outliers.csv"))
+    print_fields(picture=str(Path(out) / "outliers.png"), table=str(Path(out) / "outliers.csv"))
 
 
 @app.command()
@@ -274,7 +270,7 @@ def inpaint(
         else:
             handle.write(questions.completion_sheet(found))
     error = float(np.square(found["mean"] - found["original"])[found["hidden"]].mean())
-    _print_fields(completions=f"{len(found['original'])} samples in {out}", error=f"{error:.4g} (mean square)")
+    print_fields(completions=f"{len(found['original'])} samples in {out}", error=f"{error:.4g} (mean square)")
 
 
 @app.command()
@@ -297,82 +293,8 @@ def traverse(
         out_console.print(str(Path(out) / name), highlight=False)
 
 
-@app.command()
-def evaluate(
-    samples: str = typer.Argument(help="shards, a folder of images, a .npy/.npz file, models:/NAME@ALIAS or a run"),
-    reference: str = typer.Option(..., "--reference", help="the data to cover, in the same forms"),
-    bins: int = typer.Option(100, "--bins", min=2, help="number of K-means bins"),
-    z_threshold: float = typer.Option(None, "--z-threshold", help="a bin differs where |z| exceeds this"),
-    significance: float = typer.Option(None, "--significance", help="... or where p is below this (default 0.05)"),
-    seed: int = typer.Option(0, "--seed", min=0, max=MAX_SEED, help="fixes the bins, and the samples of a model"),
-    n: int = typer.Option(10_000, "-n", min=1, max=MAX_DRAWN, help="samples drawn from a model"),
-    split: str = typer.Option("test", "--split", help="split of SAMPLES, where it is a pack"),
-    reference_split: str = typer.Option("train", "--reference-split", help="split of REF, where it is a pack"),
-    size: int = typer.Option(None, "--size", min=1, max=MAX_SIDE, help="crop and resize images to so many pixels"),
-    grey: bool = typer.Option(None, "--grey/--rgb", help="turn images grey, or to RGB (default: as they are)"),
-    max_samples: int = typer.Option(None, "--max-samples", min=2, help="random subset that K-means is fitted to"),
-    max_dimensions: int = typer.Option(None, "--max-dimensions", min=1, help="random subset of the features"),
-    n_init: int = typer.Option(10, "--n-init", min=1, help="K-means initialisations"),
-    whiten: bool = typer.Option(False, "--whiten", help="divide by the reference's standard deviation"),
-    as_json: bool = typer.Option(False, "--json", help="print one JSON object and nothing else"),
-    report: str = typer.Option(None, "--report", help="also write an HTML report to this file"),
-    tracking_uri: str = TRACKING,
-) -> None:
-    """Scores samples against a reference: which modes are missing? (NDB and JS divergence)"""
-    from cluster.progress import Stages
-    from cluster.scoring import load_or_draw, score_samples
-    from eval.bins import BinSettings
-
-    if z_threshold is not None and significance is not None:
-        raise UserError("give --z-threshold or --significance, not both")
-    stages = Stages(quiet=as_json)
-    with stages.stage("load reference"):
-        known = load_or_draw(
-            reference, split=reference_split, n=n, seed=seed + 1, size=size, grey=grey, tracking_uri=tracking_uri
-        )
-    with stages.stage("load samples"):
-        judged = load_or_draw(samples, split=split, n=n, seed=seed, size=size, grey=grey, tracking_uri=tracking_uri)
-    judged = dataclasses.replace(judged, name=samples)  # as the user calls them
-    settings = BinSettings(
-        n_bins=bins, max_samples=max_samples, max_dimensions=max_dimensions, n_init=n_init, whiten=whiten, seed=seed
-    )
-    evaluation = score_samples(
-        judged, known, settings, z_threshold=z_threshold, significance=significance, report=report, stages=stages
-    )
-    if evaluation.warning:
-        print(f"manymodes: warning: {evaluation.warning}", file=sys.stderr)
-    if as_json:
-        print(json.dumps(evaluation.to_dict()))
-        return
-    result = evaluation.result
-    table = Table("bin", "direction", "reference", "samples", "z", box=None, pad_edge=False)
-    for k in [k for k in result.by_evidence() if result.flagged[k]][:20]:
-        shares = (f"{100 * part[k]:.2f} %" for part in (result.reference_proportions, result.sample_proportions))
-        table.add_row(str(k), result.direction(k), *shares, f"{result.z[k]:+.1f}")
-    if result.ndb:
-        out_console.print(table)
-    _print_fields(
-        NDB=f"{result.ndb} of {result.bins} bins differ ({result.threshold}; {result.expected_by_chance:.1f} expected "
-        f"by chance), NDB/K {result.ndb_over_k:.3f}",
-        JS=f"{result.js:.5f} nats",
-        samples=f"{result.n_samples:,} of {samples} ({judged.scale})",
-        reference=f"{result.n_reference:,} of {reference} ({known.scale})",
-        **({"report": report} if report else {}),
-    )
-
-
-def _print_table(table: ReportTable) -> None:
-    shown = Table(*table.columns, box=None, pad_edge=False, title=table.title, title_justify="left")
-    for row in table.cells():
-        shown.add_row(*row)
-    out_console.print(shown)
-    out_console.print(table.note, style="dim")
-
-
-def _print_fields(**fields: Any) -> None:
-    width = max(len(name) for name in fields)
-    for name, value in fields.items():
-        out_console.print(f"{name:<{width}}  {value}", soft_wrap=True, highlight=False)
+for command in (cli_scores.evaluate, cli_scores.compare, cli_scores.reference, cli_scores.watch):
+    app.command()(command)
 
 
 def main() -> None:

@@ -15,13 +15,16 @@ from cluster.recipe import Recipe
 from data import storage
 from data.errors import UserError
 from data.manifest import Manifest
-from data.samples import load_samples
+from data.partitions import PackPartitions
 from data.stream import read_blocks
 from deploy.registry import Registered, register_model
 from eval import figures
 from eval.baselines import fit_gaussian_mixture
-from eval.comparison import Comparison, Density, JudgedData, compare, report_sections
+from eval.comparison import Comparison, JudgedData, compare, report_sections
+from eval.drawn import Density
+from eval.evaluate import Rule
 from eval.report import ReportFigure, ReportSection, ReportTable, render_report
+from eval.scores import ScoreSettings
 from trainer import tracking
 from trainer.checkpoint import load_model
 from trainer.settings import TRAIN_SPLIT
@@ -51,7 +54,7 @@ def run_job(
         with stages.stage("evaluate", unit="models") as advance:
             comparison, name = _evaluate(recipe, trained, advance)
         publish_model(recipe, trained)
-        comparison.bins.save(str(trained.folder / "bins"))
+        comparison.reference.save(str(trained.folder / "reference"))
         metrics = _metrics(comparison, name)
         with stages.stage("register"):
             registered = _register(recipe, trained, metrics)
@@ -75,10 +78,9 @@ def _evaluate(recipe: Recipe, trained: Trained, advance: Any) -> tuple[Compariso
     """Judges baselines, root and final model; returns the comparison and the final model's name in it."""
     settings, manifest = recipe.evaluation, trained.manifest
     noise = settings.seed if recipe.training.dequantises(manifest.levels) else None
-    reference, held_out = (load_samples(manifest.base, split=split) for split in (TRAIN_SPLIT, TEST_SPLIT))
     data = JudgedData(
-        reference,
-        held_out.x,
+        PackPartitions(manifest, TRAIN_SPLIT),
+        PackPartitions(manifest, TEST_SPLIT),
         "held-out data",
         _rows(manifest, TEST_SPLIT, noise),
         manifest.levels if noise is not None else None,
@@ -109,8 +111,8 @@ def _evaluate(recipe: Recipe, trained: Trained, advance: Any) -> tuple[Compariso
         settings.bins,
         n_samples=settings.n_samples,
         seed=settings.seed,
-        z_threshold=settings.z_threshold,
-        significance=settings.significance,
+        rule=Rule(settings.z_threshold, settings.significance),
+        scores=ScoreSettings(()),
         on_model=lambda done, label: advance(done, total=len(models), text=label),
     )
     return comparison, name
@@ -186,9 +188,8 @@ def _write_report(
     recipe: Recipe, trained: Trained, comparison: Comparison, name: str, registered: Registered
 ) -> None:
     row = comparison.row(name)
-    data = comparison.data
-    beside = (data.held_out_name, data.held_out)
-    sections = report_sections(comparison.bins, data.reference.x, comparison.rows, row, beside)
+    held_out = comparison.rows[0]
+    sections = report_sections(comparison, row, (held_out.name, held_out.samples))
     sections += _model_sections(trained, recipe)
     protocol = {
         **row.evaluation.protocol,
@@ -199,7 +200,7 @@ def _write_report(
     seconds = [[stage, f"{value:.1f}"] for stage, value in trained.stages.seconds.items()]
     timing = ReportTable("Stages", ["stage", "seconds"], seconds)
     result = row.evaluation.result
-    lead = f"{name}, trained on {data.reference.name}: {result.ndb} of {result.bins} bins differ from the data."
+    lead = f"{name}, trained on {comparison.reference.name}: {result.ndb} of {result.bins} bins differ from the data."
     html = render_report(f"manymodes: {recipe.name}", comparison.table(), sections, protocol, timing, lead)
     storage.write_text(str(trained.folder / "report.html"), html)
 
@@ -218,11 +219,7 @@ def _summarise(
         "mlflow_run_id": job.run_id,
         "metrics": metrics,
         "models": [
-            {
-                **row.evaluation.to_dict(),
-                "log_likelihood": None if row.log_likelihood is None else row.log_likelihood.to_dict(),
-            }
-            for row in comparison.rows
+            row.to_dict() for row in comparison.rows
         ],
         "seconds": {name: round(value, 2) for name, value in trained.stages.seconds.items()},
         "report": str(folder / "report.html"),

@@ -18,8 +18,8 @@ from cluster.models import LocalModel
 from data import storage
 from data.errors import UserError
 from data.manifest import MANIFEST, load_manifest
-from data.pixels import dequantise
-from data.samples import Samples, load_samples
+from data.partitions import open_partitions
+from data.pixels import dequantise, scale
 from data.sources import is_spec
 from data.stream import read_blocks
 from eval import figures, mixture_figures
@@ -28,7 +28,6 @@ from eval.likelihood import LogLikelihood, summarise
 from trainer.models.inpainting import inpaint
 
 _NOISE = 11  # first word of the key of dequantisation, apart from those of training
-_BLOCK = 1000
 _SHOWN = 16  # samples and draws in a picture of completions
 
 
@@ -44,7 +43,7 @@ class Asked:
 def samples_for(model: LocalModel, place: str, *, split: str, seed: int, grey: bool | None = None) -> Iterator[Asked]:
     """The samples at a place, block by block, on the scale that the model is a density of.
 
-    A pack is streamed; everything else (see `load_samples`) is loaded whole.
+    Everything is streamed.
 
     Raises:
         UserError: nothing usable there, samples of another shape or with another number of levels.
@@ -58,21 +57,15 @@ def samples_for(model: LocalModel, place: str, *, split: str, seed: int, grey: b
             yield Asked(block["x"], block["index"], block.get("label"))
         return
     side = shape[0] if is_image(shape) and shape[0] == shape[1] else None
-    loaded = load_samples(place, split=split, size=side, grey=grey)
-    _check(place, loaded.x.shape[1:], shape, loaded.levels, levels)
-    for start in range(0, len(loaded.x), _BLOCK):
-        rows = slice(start, start + _BLOCK)
-        x = _in_model_space(loaded, rows, levels, seed)
-        index = np.arange(start, start + len(x), dtype=np.int64)
-        yield Asked(x, index, None if loaded.labels is None else loaded.labels[rows])
-
-
-def _in_model_space(samples: Samples, rows: slice, levels: int | None, seed: int) -> np.ndarray:
-    x = samples.x[rows]
-    if levels is None:
-        return x
-    pixels = np.rint(x * (levels - 1)).astype(np.uint16)
-    return dequantise(pixels, levels, [_NOISE, seed, rows.start])
+    opened = open_partitions(place, split=split, size=side, grey=grey)
+    done = 0
+    for number in range(len(opened)):
+        for piece in opened.pieces(number):
+            _check(place, piece.x.shape[1:], shape, opened.levels, levels)
+            noise = [_NOISE, seed, number, piece.start]
+            x = scale(piece.x, opened.levels) if levels is None else dequantise(piece.x, levels, noise)
+            yield Asked(x, np.arange(done, done + len(x), dtype=np.int64), piece.label)
+            done += len(x)
 
 
 def _check(

@@ -1,92 +1,284 @@
-"""The `evaluate` command: scores any samples against any reference."""
+"""Scores of any samples against any reference: where the sets come from, and who passes over them."""
 
 from __future__ import annotations
 
-import hashlib
+import functools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 from cluster.models import model_folder, open_model
 from cluster.progress import Stages
 from data import storage
 from data.errors import UserError
-from data.pixels import quantise
-from data.samples import Samples, load_samples
-from eval.bins import BinSettings, fit_bins
-from eval.comparison import Row, report_sections
-from eval.evaluate import Evaluation, evaluate_samples
-from eval.report import ReportTable, render_report
+from data.partitions import Partitions, open_partitions
+from data.sources import is_spec
+from eval.bins import BinSettings
+from eval.comparison import Comparison, bins_table, judge, report_sections, row_sections, scores_table
+from eval.drawn import DrawnPartitions
+from eval.evaluate import Rule
+from eval.features import open_extractor
+from eval.measure import View, local_pass
+from eval.observed import Pass
+from eval.reference import REFERENCE, Reference, fit_reference
+from eval.report import ReportSection, ReportTable, render_report
+from eval.scores import ScoreSettings
+from eval.stored import observe_stored
+
+_TRAIN, _TEST = "train", "test"
 
 
-def load_or_draw(
-    place: str, *, split: str, n: int, seed: int, size: int | None, grey: bool | None, tracking_uri: str | None
-) -> Samples:
-    """The samples at a place (see `load_samples`), or `n` drawn from a model: models:/NAME@ALIAS or a run's folder.
+@dataclass(frozen=True)
+class Looking:
+    """How samples are looked at, and by whom: specs of extractors, and Ray's workers (None: this process)."""
+
+    features: str | None = None
+    classifier: str | None = None
+    tracking_uri: str | None = None
+    workers: int | None = None
+    ray_address: str | None = None
+    cpus_per_task: float = 1
+    gpus_per_task: float = 0
+
+
+@dataclass(frozen=True)
+class Taking:
+    """How a place is read: split, samples drawn from a model, shape of images."""
+
+    split: str = _TEST
+    n: int = 10_000
+    seed: int = 0
+    size: int | None = None
+    grey: bool | None = None
+    tracking_uri: str | None = None
+
+
+def open_set(place: str, taking: Taking) -> Partitions:
+    """The samples at a place (see `open_partitions`), or drawn from a model: models:/NAME@ALIAS or a run's folder.
 
     Raises:
         UserError: nothing usable there.
     """
     if not place.startswith("models:") and model_folder(place) is None:
-        return load_samples(place, split=split, size=size, grey=grey)
-    model = open_model(place, tracking_uri)
-    levels = model.data.get("levels")
-    x = quantise(model.sample(n, seed), levels)
-    scale = "as drawn" if levels is None else f"drawn, put back on {levels} levels / {levels - 1}"
-    return Samples(x, None, place, hashlib.sha256(x.tobytes()).hexdigest(), scale, levels)
+        return open_partitions(place, split=taking.split, size=taking.size, grey=taking.grey)
+    uri = taking.tracking_uri
+    model = open_model(place, uri)
+    if not hasattr(model, "sample"):
+        raise UserError(f"{place}: a model that draws no samples: give a generative one")
+    return DrawnPartitions(
+        functools.partial(_opened, place, uri),
+        *(taking.n, taking.seed),
+        name=place,
+        identity=f"{model.data['fingerprint']} {place}",
+        shape=tuple(model.data["shape"]),
+        levels=model.data.get("levels"),
+    )
 
 
-def score_samples(
-    samples: Samples,
-    reference: Samples,
-    settings: BinSettings,
+@functools.lru_cache(maxsize=2)
+def _opened(place: str, uri: str | None) -> Any:
+    return open_model(place, uri)
+
+
+@functools.lru_cache(maxsize=4)
+def open_view(features: str | None, classifier: str | None, tracking_uri: str | None) -> View:
+    """The view that these specs stand for, opened once in a process."""
+    opened = [open_extractor(spec) if spec and spec != "pixels" else None for spec in (features, classifier)]
+    return View(*opened)
+
+
+@dataclass
+class Runner:
+    """Passes over sets, in this process or by Ray."""
+
+    looking: Looking
+    stages: Stages
+    by_ray: bool = False
+    view: Callable[[], View] = field(init=False)
+
+    def __post_init__(self) -> None:
+        look = self.looking
+        self.view = functools.partial(open_view, look.features, look.classifier, look.tracking_uri)
+
+    def over(self, partitions: Partitions, advance: Callable[..., Any], store: str | None = None) -> Pass:
+        """A pass over a set, by all workers; `store` keeps what was found of each partition."""
+        if not self.by_ray:
+            return local_pass(partitions, self.view(), advance, functools.partial(observe_stored, store=store))
+        from cluster.counting import ray_pass
+
+        look = self.looking
+        return ray_pass(partitions, self.view, advance, store, look.cpus_per_task, look.gpus_per_task)
+
+    def map(self, function: Callable[..., Any], partitions: Partitions, *arguments: Any) -> Iterator[Any]:
+        """function(partitions, number, view, *arguments) of every partition, by all workers, in the set's order."""
+        if not self.by_ray:
+            view = self.view()
+            yield from (function(partitions, number, view, *arguments) for number in range(len(partitions)))
+            return
+        from cluster.counting import ray_map
+
+        look = self.looking
+        yield from ray_map(
+            *(function, partitions, self.view, *arguments),
+            cpus_per_task=look.cpus_per_task,
+            gpus_per_task=look.gpus_per_task,
+        )
+
+
+@contextmanager
+def running(looking: Looking, stages: Stages) -> Iterator[Runner]:
+    """A runner; Ray is started (or joined) where workers or an address are named.
+
+    Raises:
+        UserError: Ray does not answer, or an extractor cannot be opened.
+    """
+    runner = Runner(looking, stages)
+    runner.view()  # what cannot be opened is refused before anything starts
+    if looking.workers is None and not looking.ray_address:
+        yield runner
+        return
+    from cluster.session import ray_session, require_resources
+
+    with ExitStack() as stack:
+        with stages.stage("start Ray"):
+            cpus = (looking.workers or 1) * looking.cpus_per_task
+            stack.enter_context(ray_session(looking.ray_address, cpus))
+        require_resources("the passes", looking.cpus_per_task, looking.gpus_per_task)
+        runner.by_ray = True
+        yield runner
+
+
+@dataclass(frozen=True)
+class ReferenceOptions:
+    """How a reference becomes a yardstick."""
+
+    settings: Sequence[BinSettings]
+    scores: ScoreSettings
+    labels: bool = False
+
+
+def reference_of(
+    runner: Runner, place: str, taking: Taking, options: ReferenceOptions
+) -> tuple[Reference, Partitions | None]:
+    """A fitted reference that is loaded, or one that is fitted now; and its samples, where they are at hand.
+
+    Raises:
+        UserError: nothing usable there, or a reference in another space of features than the one asked for.
+    """
+    space = runner.view().space
+    if is_reference(place):
+        with runner.stages.stage("load reference"):
+            reference = Reference.load(storage.check_url(place))
+        if reference.bins[0].centres is not None and reference.space != space:
+            raise UserError(
+                f"{place}: fitted to {reference.space.name} ({reference.space.fingerprint[:12]}), the samples are seen "
+                f"by {space.name} ({space.fingerprint[:12]}): give the same --features"
+            )
+        return reference, None
+    partitions = open_set(place, taking)
+    with runner.stages.stage("fit reference", unit="samples") as advance:
+        reference = fit_reference(
+            *(partitions, runner.over(partitions, advance), options.settings, options.scores),
+            space=space,
+            labels=options.labels,
+        )
+    return reference, partitions
+
+
+def is_reference(place: str) -> bool:
+    """Whether a fitted reference lies there."""
+    if is_spec(place) or place.startswith("models:"):
+        return False
+    return storage.exists(storage.join(storage.check_url(place), REFERENCE))
+
+
+def held_out_of(place: str, taking: Taking) -> Partitions | None:
+    """The test split of a reference that is a training split; None where it has none."""
+    if taking.split != _TRAIN or is_reference(place) or place.startswith("models:") or model_folder(place):
+        return None
+    whole = open_set(place, taking)
+    try:
+        found = open_partitions(place, split=_TEST, size=taking.size, grey=taking.grey)
+    except UserError:
+        return None
+    # What has no splits gives the same samples under any name.
+    return None if list(found.keys) == list(whole.keys) else found
+
+
+def score_sets(
+    runner: Runner,
+    sets: dict[str, Partitions],
+    reference: Reference,
+    partitions: Partitions | None,
     *,
-    z_threshold: float | None,
-    significance: float | None,
-    report: str | None,
-    stages: Stages,
-) -> Evaluation:
-    """NDB and JS of samples by bins fitted to a reference; writes an HTML report where one is asked for.
+    rule: Rule,
+    scores: ScoreSettings,
+    held_out: Partitions | None = None,
+    store: str | None = None,
+) -> Comparison:
+    """Judges sets by a reference, each in one pass (and one more over the reference, where copies are searched).
 
     Raises:
         UserError: samples that do not fit the reference, or fewer samples than bins.
     """
-    shape, expected = samples.x.shape[1:], reference.x.shape[1:]
-    if shape != expected:
-        raise UserError(
-            f"{samples.name} holds samples of shape {shape}, {reference.name} of {expected}: bring them to one shape"
-        )
-    if len(samples.x) < settings.n_bins:
-        raise UserError(
-            f"{samples.name} holds {len(samples.x)} samples for {settings.n_bins} bins: use more, or lower --bins"
-        )
-    with stages.stage("fit bins"):
-        bins = fit_bins(
-            reference.x, settings, reference_name=reference.name, reference_fingerprint=reference.fingerprint
-        )
-    with stages.stage("assign samples"):
-        evaluation = evaluate_samples(
-            bins,
-            samples.x,
-            name=samples.name,
-            scale=f"reference {reference.scale}; samples {samples.scale}",
-            z_threshold=z_threshold,
-            significance=significance,
-            extras={"samples_fingerprint": samples.fingerprint},
-        )
-    if report:
-        with stages.stage("report"):
-            row = Row(samples.name, None, evaluation, samples.x)
-            result = evaluation.result
-            table = ReportTable(
-                "Scores",
-                ["samples", "NDB", "expected by chance", "JS (nats)", "n"],
-                [
-                    [
-                        *(samples.name, f"{result.ndb} of {result.bins}", f"{result.expected_by_chance:.1f}"),
-                        *(f"{result.js:.4f}", result.n_samples),
-                    ]
-                ],
-                f"NDB: bins that differ from the {result.n_reference:,} reference samples ({result.threshold}).",
+    rows = []
+    for name, samples in sets.items():
+        with runner.stages.stage(f"score {name}"[:22], unit="samples") as advance:
+            rows.append(
+                judge(
+                    *(samples, runner.over(samples, advance, store), reference),
+                    name=name,
+                    rule=rule,
+                    scores=scores,
+                    over_reference=None if partitions is None else runner.over(partitions, advance),
+                    held_out=None if held_out is None else (held_out, runner.over(held_out, advance)),
+                    stored=store is not None,
+                )
             )
-            sections = report_sections(bins, reference.x, [row], row, ("reference", reference.x))
-            html = render_report(f"manymodes: {samples.name}", table, sections, evaluation.protocol)
-            storage.write_text(report, html)
-    return evaluation
+    return Comparison(reference, rows)
+
+
+def comparison_report(comparison: Comparison, seconds: dict[str, float]) -> str:
+    """The report of a comparison as one HTML file: tables, proportions, worst bins, samples, nearest pairs."""
+    rows, reference = comparison.rows, comparison.reference
+    beside = None if reference.partitions is None else ("reference", reference.partitions)
+    sections: list[ReportSection] = []
+    other = scores_table(comparison)
+    if other is not None:
+        sections.append(ReportSection("Other scores", table=other))
+    sections += report_sections(comparison, rows[0], beside)
+    for row in rows[1:]:
+        sections += row_sections(comparison, row)
+    result = rows[0].evaluation.result
+    names = ", ".join(row.name for row in rows)
+    lead = f"{names} against {result.n_reference:,} samples of {reference.name}."
+    timing = ReportTable("Stages", ["stage", "seconds"], [[name, f"{value:.1f}"] for name, value in seconds.items()])
+    protocol = rows[0].evaluation.protocol
+    if len(rows) > 1:  # what is said of one set's samples alone would mislead
+        protocol = {name: value for name, value in protocol.items() if name not in ("n_samples", "samples_fingerprint")}
+    return render_report(f"manymodes: {names}", bins_table(comparison), sections, protocol, timing, lead)
+
+
+def saved_table(files: Sequence[str]) -> ReportTable:
+    """NDB and JS of results that `evaluate --json` printed, side by side.
+
+    Raises:
+        UserError: no such results, or scores by different bins.
+    """
+    cells, used = [], {}
+    for file in files:
+        try:
+            found = json.loads(storage.read_bytes(file))
+            found = found[0] if isinstance(found, list) else found
+            used[file] = found["protocol"]["bins_fingerprint"]
+            ndb = f"{found['ndb']} of {found['bins']}"
+            cells.append([found["name"], ndb, f"{found['js']:.4f}", found["n_samples"]])
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise UserError(f"{file}: no result of `evaluate --json`: print it again") from error
+    if len(set(used.values())) > 1:
+        told = ", ".join(f"{file}: {fingerprint[:12]}" for file, fingerprint in used.items())
+        raise UserError(f"these scores were taken by different bins and do not compare ({told}): use one --reference")
+    columns = ["samples", "NDB", "JS (nats)", "n"]
+    return ReportTable("Saved results", columns, cells, f"Bins {next(iter(used.values()))[:12]}.")

@@ -13,6 +13,8 @@ from data.limits import MAX_MAGNITUDE
 
 _CHUNK_BYTES = 64 << 20
 _SCREENING_ITERATIONS = 15
+# Squared distance above which values may lie beyond MAX_MAGNITUDE.
+_FARTHEST = MAX_MAGNITUDE**2 / 4
 
 
 @dataclass(frozen=True)
@@ -130,8 +132,10 @@ def assign(x: np.ndarray, centroids: np.ndarray, gpu: bool | None = None) -> tup
     step = _chunk_rows(x.shape[1])
     for start in range(0, len(x), step):
         chunk = np.ascontiguousarray(x[start : start + step], dtype=np.float32)
-        _check_values(chunk, np.arange(start, start + len(chunk)))
         found, nearest = index.search(chunk, 1)
+        # What cannot be computed with has no neighbour, or none at a finite distance: looking at these is nearly free.
+        if nearest.min(initial=0) < 0 or not np.isfinite(found).all() or found.max(initial=0) > _FARTHEST:
+            _check_values(chunk, np.arange(start, start + len(chunk)))
         labels[start : start + step], distances[start : start + step] = nearest[:, 0], found[:, 0]
     return labels, distances
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import hashlib
 import math
@@ -71,6 +72,7 @@ class Source:
         levels: number of values of a pixel, or None for real numbers.
         class_names: name of each label, where known.
         stamp: changes when a file of the source does (names, sizes, times of change).
+        names: the name of the sample in a row, where it has one of its own (a file's).
     """
 
     name: str
@@ -82,6 +84,7 @@ class Source:
     parts: dict[str, Part]
     options: dict[str, Any] = field(default_factory=dict)
     stamp: str = ""
+    names: Callable[[int], str] | None = None
 
     @property
     def splits(self) -> dict[str, int]:
@@ -118,8 +121,8 @@ def open_source(spec: str, options: SourceOptions | None = None) -> Source:
         options: defaults where None.
 
     Raises:
-        UserError: unknown spec, missing or damaged files, samples of different shapes, values that are NaN, infinite or
-            too large to compute with.
+        UserError: unknown spec, missing or damaged files, samples of different shapes. Values that are NaN, infinite or
+            too large to compute with are refused when they are read.
     """
     options = options or SourceOptions()
     check_name(spec)
@@ -290,7 +293,11 @@ def _open_images(spec: str, place: str, options: SourceOptions) -> Source:
     parts = _divide(spec, given, options, classes)
     used = np.sort(np.concatenate([part.rows for part in parts.values()]))
     shaping = images.plan([files[row] for row in used], options.size, options.crop, options.grey)
-    return Source(folder.name, spec, shaping.shape, "uint8", 256, classes, parts, stamp=_stamp(files))
+
+    def name(row: int) -> str:
+        return files[row].relative_to(folder).as_posix()
+
+    return Source(folder.name, spec, shaping.shape, "uint8", 256, classes, parts, stamp=_stamp(files), names=name)
 
 
 def _open_array(spec: str, place: str, options: SourceOptions) -> Source:
@@ -307,9 +314,8 @@ def _open_array(spec: str, place: str, options: SourceOptions) -> Source:
         )
     if labels is not None and int(labels.max()) > np.iinfo(np.int64).max:
         raise UserError(f"{path}: the label {labels.max()} does not fit int64: number the classes from 0")
-    parts = _divide(spec, {"train": _whole(x, labels)}, options)
-    if real:
-        _check_values(path, x, [part.rows for part in parts.values()])
+    given = Part(functools.partial(_reals, path, x), np.arange(len(x)), labels) if real else _whole(x, labels)
+    parts = _divide(spec, {"train": given}, options)
     dtype, levels = ("float32", None) if real else ("uint8", 256)
     return Source(path.stem, spec, x.shape[1:], dtype, levels, None, parts, stamp=_stamp([path]))
 
@@ -349,28 +355,18 @@ def _array(found: Any) -> np.ndarray:
     return found
 
 
-def _check_values(path: Path, x: np.ndarray, chosen: list[np.ndarray]) -> None:
-    """Refuses values that cannot be computed with, in the chosen rows; in the order of the file, which may be large."""
-    used = np.zeros(len(x), bool)
-    for rows in chosen:
-        used[rows] = True
-    step = max(1, (8 << 20) // max(1, x[0].nbytes))
-    for start in range(0, len(x), step):
-        rows = start + np.flatnonzero(used[start : start + step])
-        if not len(rows):
-            continue
-        # In the type that is stored: a float64 beyond the range of float32 becomes infinite.
-        with np.errstate(over="ignore"):
-            found = x[start : start + step] if len(rows) == step else x[rows]
-            chunk = found.astype(np.float32, copy=False).reshape(len(rows), -1)
-        extent = np.abs(chunk).max(axis=1)
-        usable = extent <= MAX_MAGNITUDE  # false for NaN
-        if not usable.all():
-            first = int(np.argmin(usable))
-            row = rows[first]
-            if np.isfinite(extent[first]):
-                raise UserError(f"{path}: row {row} holds values beyond {MAX_MAGNITUDE:g} in size: rescale the data")
-            raise UserError(f"{path}: row {row} holds NaN or infinite values (as float32): remove or repair it")
+def _reals(path: Path, x: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Rows as float32, checked as they are read: the file may be larger than memory."""
+    with np.errstate(over="ignore"):  # a float64 beyond the range of float32 becomes infinite
+        found = x[rows].astype(np.float32, copy=False)
+    extent = np.abs(found.reshape(len(rows), -1)).max(axis=1, initial=0)
+    usable = extent <= MAX_MAGNITUDE  # false for NaN
+    if not usable.all():
+        row = int(rows[~usable].min())
+        if np.isfinite(extent[~usable][np.argmin(rows[~usable])]):
+            raise UserError(f"{path}: row {row} holds values beyond {MAX_MAGNITUDE:g} in size: rescale the data")
+        raise UserError(f"{path}: row {row} holds NaN or infinite values (as float32): remove or repair it")
+    return found
 
 
 _OPENERS = {"mnist": _open_mnist, "svhn": _open_svhn, "images": _open_images, "array": _open_array}

@@ -1,4 +1,4 @@
-"""K-means bins over a reference set: fitted once, kept as an artefact, the yardstick for every model's samples.
+"""Bins over a reference set: fitted once, kept as an artefact, the yardstick for every model's samples.
 
 Source: E. Richardson and Y. Weiss, "On GANs and GMMs", NeurIPS 2018, supplement section 1.1.
 """
@@ -9,9 +9,9 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -22,10 +22,15 @@ from scipy import sparse
 
 from data import kmeans, storage
 from data.errors import UserError
-from data.limits import MAX_MAGNITUDE, MAX_SEED
+from data.limits import MAX_SEED
+from eval.observed import Digest, Extent, Observed, Pass, Sketch, Spread, moved
 
-# Rows are handled in blocks of about this many bytes: memory stays flat, and float32 sums stay short (see _means).
-_BLOCK_BYTES = 32 * 2**20
+PIXELS = "pixels"
+# Pictures of members that travel with the bins: no more than these bytes, and no more of a bin than these.
+_PICTURED_BYTES = 64 << 20
+MEMBERS = 8
+# Rows are handled in blocks of about this many bytes: memory stays flat, and float32 sums stay short (see CentreSums).
+_BLOCK_BYTES = 32 << 20
 
 
 class BinSettings(BaseModel):
@@ -34,11 +39,21 @@ class BinSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     n_bins: int = Field(100, ge=2, description="number of bins, K")
-    max_samples: int | None = Field(None, ge=1, description="cluster so many random samples; empty: all")
-    max_dimensions: int | None = Field(None, ge=1, description="cluster so many random dimensions; empty: all")
+    max_samples: int | None = Field(
+        None, ge=1, description="cluster so many random samples; null: all that fit into 1 GiB"
+    )
+    max_dimensions: int | None = Field(None, ge=1, description="cluster so many random dimensions; null: all")
     n_init: int = Field(10, ge=1, description="K-means initialisations; the best one is kept")
     whiten: bool = Field(False, description="divide each feature by the reference's standard deviation")
     seed: int = Field(0, ge=0, le=MAX_SEED, description="seed of the subsets and the initialisations")
+
+
+@dataclass(frozen=True)
+class Space:
+    """Where distances are measured: the samples' own values, or the features of an extractor, named by its content."""
+
+    name: str = PIXELS
+    fingerprint: str = PIXELS
 
 
 @dataclass(frozen=True)
@@ -47,18 +62,27 @@ class Bins:
 
     `centres` `[K, d]` float32 are means in the full dimension and in the reference's own units; `dimensions` `[m]`
     are the features that distances are measured in; `std` `[d]` is what they are divided by first, or None;
-    `counts` `[K]` are the reference's (empty bins are kept). A sample belongs to the nearest centre.
+    `counts` `[K]` are the reference's (empty bins are kept). A sample belongs to the nearest centre. Where the bins
+    are given labels, `centres` is None and a sample belongs to the bin of its label.
+
+    `members` `[K, m]` are positions in the reference of some members of every bin (-1: none), `pictures`
+    `[K, m, *shape]` the same members themselves, where they are kept.
     """
 
-    centres: np.ndarray
+    centres: np.ndarray | None
     dimensions: np.ndarray
     std: np.ndarray | None
     counts: np.ndarray
     shape: tuple[int, ...]
     value_range: tuple[float, float]
+    root_mean_square: float
     settings: BinSettings
+    clustered: int
     reference_name: str
     reference_fingerprint: str
+    space: Space = field(default_factory=Space)
+    members: np.ndarray | None = None
+    pictures: np.ndarray | None = None
 
     @property
     def n_reference(self) -> int:
@@ -73,44 +97,40 @@ class Bins:
             digest.update(f"{name} {array.dtype.str} {array.shape}".encode() + array.tobytes())
         return digest.hexdigest()
 
-    def check(self, x: np.ndarray, name: str) -> np.ndarray:
-        """Samples as float32 `[n, *shape]`.
+    def assign(self, seen: Observed) -> tuple[np.ndarray, np.ndarray | None]:
+        """The bin `[n]` int64 of every sample and its squared distance to the centre (None for given labels).
 
         Raises:
-            UserError: another shape than the reference's, or values that are not finite.
+            UserError: another shape than the reference's, values that are not finite, or no labels where bins are
+                labels.
         """
-        values = _as_float32(x, name)
-        if values.shape[1:] != self.shape:
+        if seen.x.shape[1:] != self.shape:
             raise UserError(
-                f"{name}: the reference is {_spelled(self.shape)}, the samples are {_spelled(values.shape[1:])}: "
+                f"the reference is {_spelled(self.shape)}, the samples are {_spelled(seen.x.shape[1:])}: "
                 "bring the samples to the reference's shape"
             )
-        _value_range(values, name)
-        return values
+        if self.centres is None:
+            return _labels(seen, len(self.counts)), None
+        if seen.features.shape[1] != self.centres.shape[1]:
+            raise UserError(
+                f"the bins are of {self.centres.shape[1]} features ({self.space.name}), the samples have "
+                f"{seen.features.shape[1]}: take the features that the bins were fitted to"
+            )
+        return _assign(seen.features, self.centres, self.dimensions, self.std)
 
-    def assign(self, x: np.ndarray) -> np.ndarray:
-        """The bin `[n]` int64 of every sample `[n, *shape]`.
-
-        Raises:
-            UserError: another shape than the reference's, or values that are not finite.
-        """
-        values = self.check(x, "samples")
-        return _assign(values.reshape(len(values), -1), self.centres, self.dimensions, self.std)
-
-    def count(self, x: np.ndarray) -> np.ndarray:
-        """Samples per bin, `[K]` int64; counts of parts of a set may be added.
-
-        Raises:
-            UserError: as `assign`.
-        """
-        return np.bincount(self.assign(x), minlength=len(self.counts)).astype(np.int64)
+    def without_pictures(self) -> Bins:
+        """The same bins, light enough to be sent to workers."""
+        return replace(self, members=None, pictures=None)
 
     def save(self, folder: str) -> None:
-        """Writes `bins.safetensors` and then `bins.json` into a folder given as path or URL.
+        """Writes `bins.safetensors` (and `members.safetensors`) and then `bins.json` into a folder, path or URL.
 
         Raises:
             UserError: the folder cannot be written.
         """
+        if self.pictures is not None and self.members is not None:
+            with storage.publish(storage.join(folder, "members.safetensors")) as handle:
+                handle.write(save_tensors({"members": self.members, "pictures": self.pictures}))
         with storage.publish(storage.join(folder, "bins.safetensors")) as handle:
             handle.write(save_tensors(self._arrays()))
         facts = {**self._facts(), "fingerprint": self.fingerprint}
@@ -125,44 +145,69 @@ class Bins:
         """
         described = storage.read_bytes(storage.join(folder, "bins.json"))
         tensors = storage.read_bytes(storage.join(folder, "bins.safetensors"))
+        pictured = storage.join(folder, "members.safetensors")
         try:
             facts, arrays = json.loads(described), load_tensors(tensors)
+            kept = load_tensors(storage.read_bytes(pictured)) if storage.exists(pictured) else {}
             bins = cls(
-                centres=arrays["centres"],
+                centres=arrays.get("centres"),
                 dimensions=arrays["dimensions"],
                 std=arrays.get("std"),
                 counts=arrays["counts"],
                 shape=tuple(facts["shape"]),
                 value_range=(facts["value_range"][0], facts["value_range"][1]),
+                root_mean_square=facts["root_mean_square"],
                 settings=BinSettings(**facts["settings"]),
+                clustered=facts["clustered"],
                 reference_name=facts["reference_name"],
                 reference_fingerprint=facts["reference_fingerprint"],
+                space=Space(**facts["space"]),
+                members=kept.get("members"),
+                pictures=kept.get("pictures"),
             )
             intact = bins.fingerprint == facts["fingerprint"]
-        except (KeyError, IndexError, TypeError, ValueError, SafetensorError) as error:
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, SafetensorError) as error:
             raise UserError(f"cannot read the bins in {folder}: {error!r}; fit them again") from error
         if not intact:
             raise UserError(f"the bins in {folder} were changed or written in part: fit them again")
         return bins
 
     def _arrays(self) -> dict[str, np.ndarray]:
-        arrays = {"centres": self.centres, "dimensions": self.dimensions, "counts": self.counts}
-        return arrays if self.std is None else {**arrays, "std": self.std}
+        arrays = {"centres": self.centres, "dimensions": self.dimensions, "counts": self.counts, "std": self.std}
+        return {name: array for name, array in arrays.items() if array is not None}
 
     def _facts(self) -> dict[str, Any]:
         return {
             "shape": list(self.shape),
             "value_range": list(self.value_range),
+            "root_mean_square": self.root_mean_square,
             "settings": self.settings.model_dump(),
+            "clustered": self.clustered,
             "reference_name": self.reference_name,
             "reference_fingerprint": self.reference_fingerprint,
+            "space": {"name": self.space.name, "fingerprint": self.space.fingerprint},
         }
 
 
+@dataclass(frozen=True)
+class Fitted:
+    """Bins of one reference, and what else the first pass over it found."""
+
+    bins: list[Bins]
+    seen: Mapping[str, Any]
+
+
 def fit_bins(
-    reference: np.ndarray, settings: BinSettings, *, reference_name: str, reference_fingerprint: str
-) -> Bins:
-    """Fits bins to a reference set `[n, *shape]` float32 (other number types are converted).
+    over: Pass,
+    settings: Sequence[BinSettings],
+    *,
+    name: str,
+    fingerprint: str | None = None,
+    n: int | None = None,
+    space: Space | None = None,
+    also: Mapping[str, Any] | None = None,
+) -> Fitted:
+    """Fits bins to a reference set that is only ever passed over: three passes, whatever the number of settings.
 
     K-means over a random subset of samples and dimensions, best of `n_init` starts; every sample then goes to its
     nearest centroid, and each centre becomes the mean of all its samples in the full dimension. One more
@@ -172,47 +217,237 @@ def fit_bins(
     in the reference (up to float32 rounding) is divided by 1: it adds the same to every distance, and so decides
     nothing.
 
+    Args:
+        over: one pass over the reference.
+        settings: of each set of bins; the subset and the whitening are those of the first.
+        name, fingerprint: of the reference; without a fingerprint one is made of the values.
+        n: samples in it, where it is known.
+        space: what its features are.
+        also: further observers of the first pass.
+
     Raises:
         UserError: fewer samples than bins, values that are not finite, or fewer clustered samples than bins.
     """
-    values = _as_float32(reference, reference_name)
-    n, n_bins = len(values), settings.n_bins
-    used = min(n, settings.max_samples or n)
-    if used < n_bins:
-        raise UserError(f"{reference_name}: {used} samples for {n_bins} bins: use more samples or fewer bins")
-    value_range = _value_range(values, reference_name)
-    flat = values.reshape(n, -1)
-    std = _feature_std(flat) if settings.whiten else None
-    found = kmeans.fit(
-        flat if std is None else flat / std,
-        n_bins,
-        n_init=settings.n_init,
-        max_samples=settings.max_samples,
-        max_dimensions=settings.max_dimensions,
-        seed=settings.seed,
-    )
-    dimensions = np.asarray(found.dimensions, np.int64)
-    # K-means knows the used dimensions alone; a centroid without samples keeps the overall mean in the others.
-    start = np.tile(flat.mean(axis=0), (n_bins, 1))
-    start[:, dimensions] = found.centroids if std is None else found.centroids * std[dimensions]
-    centres = _means(flat, _assign(flat, start, dimensions, std), start)
-    counts = np.bincount(_assign(flat, centres, dimensions, std), minlength=n_bins)
-    order = np.argsort(-counts, kind="stable")
-    return Bins(
-        centres=centres[order],
-        dimensions=dimensions,
-        std=std,
-        counts=counts[order].astype(np.int64),
-        shape=values.shape[1:],
-        value_range=value_range,
-        settings=settings,
-        reference_name=reference_name,
-        reference_fingerprint=reference_fingerprint,
-    )
+    first = settings[0]
+    look, facts = _look(over, name, fingerprint, space, {
+        "spread": Spread(), "sketch": Sketch(first.max_samples, n, first.seed), **(also or {})
+    })  # fmt: skip
+    spread, points = look["spread"], look["sketch"].features()
+    std = spread.std() if first.whiten else None
+    starts = []
+    for each in settings:
+        if len(points) < each.n_bins:
+            raise UserError(f"{name}: {len(points)} samples for {each.n_bins} bins: use more samples or fewer bins")
+        clusters = kmeans.fit(
+            points if std is None else points / std,
+            each.n_bins,
+            n_init=each.n_init,
+            max_dimensions=each.max_dimensions,
+            seed=each.seed,
+        )
+        # K-means knows the used dimensions alone; a centroid without samples keeps the overall mean in the others.
+        start = np.tile(spread.mean.astype(np.float32), (each.n_bins, 1))
+        dimensions = np.asarray(clusters.dimensions, np.int64)
+        start[:, dimensions] = clusters.centroids if std is None else clusters.centroids * std[dimensions]
+        starts.append((start, dimensions))
+    sums = over({str(i): CentreSums(start, dimensions, std) for i, (start, dimensions) in enumerate(starts)})
+    drafts = [
+        Bins(
+            centres=sums[str(i)].means(),
+            dimensions=dimensions,
+            std=std,
+            counts=np.zeros(each.n_bins, np.int64),
+            settings=each,
+            clustered=len(points),
+            **facts,
+        )
+        for i, (each, (_, dimensions)) in enumerate(zip(settings, starts))
+    ]
+    return Fitted(_counted(over, drafts), look)
 
 
-def _assign(flat: np.ndarray, centres: np.ndarray, dimensions: np.ndarray, std: np.ndarray | None) -> np.ndarray:
-    """The nearest centre `[n]` of every row, in the used dimensions divided by `std`."""
+def label_bins(
+    over: Pass,
+    settings: BinSettings,
+    *,
+    name: str,
+    fingerprint: str | None = None,
+    space: Space | None = None,
+    also: Mapping[str, Any] | None = None,
+) -> Fitted:
+    """Bins that are the reference's classes: given labels, or what a classifier says. Arguments as in `fit_bins`.
+
+    Raises:
+        UserError: the reference has no labels, negative ones, or fewer than two classes.
+    """
+    look, facts = _look(over, name, fingerprint, space, {"classes": Classes(), **(also or {})})
+    n_classes = look["classes"].n
+    if n_classes < 2:
+        raise UserError(f"{name}: no labels of two classes or more: name a --classifier, or take --bins NUMBER")
+    draft = Bins(
+        centres=None,
+        dimensions=np.zeros(0, np.int64),
+        std=None,
+        counts=np.zeros(n_classes, np.int64),
+        settings=settings.model_copy(update={"n_bins": n_classes}),
+        clustered=0,
+        **facts,
+    )
+    return Fitted(_counted(over, [draft]), look)
+
+
+class Classes:
+    """How many classes there are: those of the classifier, or one more than the largest label."""
+
+    def __init__(self) -> None:
+        self.n = 0
+
+    def observe(self, seen: Observed) -> None:
+        if seen.probabilities is not None:
+            self.n = seen.probabilities.shape[1]
+        elif seen.labels is not None:
+            self.n = max(self.n, int(seen.labels.max()) + 1)
+
+    def merge(self, other: Self) -> None:
+        self.n = max(self.n, other.n)
+
+
+def _look(
+    over: Pass, name: str, fingerprint: str | None, space: Space | None, observers: Mapping[str, Any]
+) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    """The first pass, and the facts that all bins share."""
+    digest = {} if fingerprint else {"digest": Digest()}
+    look = over({"extent": Extent(), **digest, **observers})
+    extent = look["extent"]
+    return look, {
+        "shape": extent.shape or (),
+        "value_range": (extent.low, extent.high),
+        "root_mean_square": extent.root_mean_square,
+        "reference_name": name,
+        "reference_fingerprint": fingerprint or look["digest"].hexdigest(),
+        "space": space or Space(),
+    }
+
+
+def _counted(over: Pass, drafts: Sequence[Bins]) -> list[Bins]:
+    """The same bins with the reference's counts and members, largest first (labels keep their order)."""
+    seen = over({str(i): BinCounts(bins) for i, bins in enumerate(drafts)})
+    done = []
+    for i, bins in enumerate(drafts):
+        counts, members = seen[str(i)].counts, seen[str(i)].members()
+        order = np.arange(len(counts)) if bins.centres is None else np.argsort(-counts, kind="stable")
+        centres = None if bins.centres is None else bins.centres[order]
+        done.append(replace(bins, centres=centres, counts=counts[order], members=members[order]))
+    return done
+
+
+def pictured(shape: tuple[int, ...], n_bins: int) -> int:
+    """Members of each bin whose pictures are worth keeping with the bins."""
+    return min(MEMBERS, _PICTURED_BYTES // max(1, n_bins * math.prod(shape) * 4))
+
+
+class CentreSums:
+    """Sums of the features of the samples nearest to each starting centre, in float64."""
+
+    def __init__(self, start: np.ndarray, dimensions: np.ndarray, std: np.ndarray | None) -> None:
+        self.start, self.dimensions, self.std = start, dimensions, std
+        self.sums = np.zeros(start.shape)
+        self.counts = np.zeros(len(start), np.int64)
+
+    def observe(self, seen: Observed) -> None:
+        # One sparse product per block: summed in float32 within a block and in float64 between blocks.
+        for rows in _blocks(seen.features):
+            members, _ = _assign(seen.features[rows], self.start, self.dimensions, self.std)
+            entries = (np.ones(len(members), np.float32), (members, np.arange(len(members))))
+            self.sums += sparse.csr_array(entries, shape=(len(self.start), len(members))) @ seen.features[rows]
+            self.counts += np.bincount(members, minlength=len(self.start))
+
+    def merge(self, other: Self) -> None:
+        self.sums += other.sums
+        self.counts += other.counts
+
+    def means(self) -> np.ndarray:
+        """`[K, d]` float32; the start where a centre has no samples."""
+        counts = self.counts[:, None]
+        return np.where(counts > 0, self.sums / np.maximum(counts, 1), self.start).astype(np.float32)
+
+
+class BinCounts:
+    """Samples per bin, and a few of each: those with the smallest random numbers."""
+
+    def __init__(self, bins: Bins) -> None:
+        self.bins = bins.without_pictures()
+        n_bins = len(bins.counts)
+        self.counts = np.zeros(n_bins, np.int64)
+        self.distance = 0.0
+        self._limit = np.full(n_bins, np.iinfo(np.uint64).max, np.uint64)
+        self._kept = (np.zeros(0, np.int64), np.zeros(0, np.uint64), np.zeros(0, np.int64))
+
+    def observe(self, seen: Observed) -> None:
+        labels, distances = self.bins.assign(seen)
+        if distances is not None:
+            self.distance += float(distances.sum(dtype=np.float64))
+        self.counts += np.bincount(labels, minlength=len(self.counts))
+        rows = seen.ids < self._limit[labels]
+        if rows.any():
+            self._keep(labels[rows], seen.ids[rows], seen.positions[rows])
+
+    def merge(self, other: Self) -> None:
+        self.counts += other.counts
+        self.distance += other.distance
+        self._keep(*other._kept)
+
+    def members(self) -> np.ndarray:
+        """Positions `[K, MEMBERS]` int64 of some members of every bin, -1 where there are fewer."""
+        found = np.full((len(self.counts), MEMBERS), -1, np.int64)
+        labels, _, positions = self._kept
+        first = np.searchsorted(labels, labels)
+        found[labels, np.arange(len(labels)) - first] = positions
+        return found
+
+    def _keep(self, *more: np.ndarray) -> None:
+        labels, ids, positions = (np.concatenate(pair) for pair in zip(self._kept, more))
+        order = np.lexsort((positions, ids, labels))
+        labels, ids, positions = labels[order], ids[order], positions[order]
+        rank = np.arange(len(labels)) - np.searchsorted(labels, labels)
+        kept = rank < MEMBERS
+        self._kept = (labels[kept], ids[kept], positions[kept])
+        full = rank == MEMBERS - 1
+        self._limit[labels[full]] = ids[full]
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        labels, ids, positions = self._kept
+        kept = {"labels": labels, "ids": ids, "positions": positions}
+        return {**kept, "counts": self.counts, "distance": np.array([self.distance])}
+
+    def identity(self) -> str:
+        """What else it depends on."""
+        return f"counts {self.bins.fingerprint}"
+
+    def restored(self, arrays: Mapping[str, np.ndarray], number: int) -> BinCounts:
+        """Of that state, of the partition that is number `number` now."""
+        found = BinCounts(self.bins)
+        found.counts, found.distance = arrays["counts"].copy(), float(arrays["distance"][0])
+        found._keep(arrays["labels"], arrays["ids"], moved(arrays["positions"], number))
+        return found
+
+
+def _labels(seen: Observed, n_bins: int) -> np.ndarray:
+    if seen.probabilities is not None:
+        labels = seen.probabilities.argmax(axis=1)
+    elif seen.labels is not None:
+        labels = seen.labels
+    else:
+        raise UserError("the bins are classes, but the samples have no labels: name a --classifier that tells them")
+    if len(labels) and not 0 <= labels.min() <= labels.max() < n_bins:
+        raise UserError(f"labels from {labels.min()} to {labels.max()} for {n_bins} classes: number them from 0")
+    return labels.astype(np.int64)
+
+
+def _assign(
+    flat: np.ndarray, centres: np.ndarray, dimensions: np.ndarray, std: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The nearest centre `[n]` of every row in the used dimensions divided by `std`, and its squared distance."""
     every = len(dimensions) == flat.shape[1]
 
     def prepared(rows: np.ndarray) -> np.ndarray:
@@ -220,56 +455,14 @@ def _assign(flat: np.ndarray, centres: np.ndarray, dimensions: np.ndarray, std: 
         return np.ascontiguousarray(part if std is None else part / (std if every else std[dimensions]))
 
     targets = prepared(centres)
-    return np.concatenate([kmeans.assign(prepared(flat[rows]), targets)[0] for rows in _blocks(flat)])
-
-
-def _means(flat: np.ndarray, labels: np.ndarray, start: np.ndarray) -> np.ndarray:
-    """The mean of every label's rows, `[K, d]` float32; `start` where a label has none.
-
-    One sparse product per block, summed in float32 within a block and in float64 between blocks.
-    """
-    totals = np.zeros(start.shape, np.float64)
-    for rows in _blocks(flat):
-        members = labels[rows]
-        entries = (np.ones(len(members), np.float32), (members, np.arange(len(members))))
-        totals += sparse.csr_array(entries, shape=(len(start), len(members))) @ flat[rows]
-    counts = np.bincount(labels, minlength=len(start))[:, None]
-    return np.where(counts > 0, totals / np.maximum(counts, 1), start).astype(np.float32)
-
-
-def _feature_std(flat: np.ndarray) -> np.ndarray:
-    """Standard deviation `[d]` float32 of every feature in two float64 passes, 1 where the feature is constant."""
-    mean = sum(flat[rows].sum(axis=0, dtype=np.float64) for rows in _blocks(flat)) / len(flat)
-    variance = sum(np.square(flat[rows] - mean).sum(axis=0) for rows in _blocks(flat)) / len(flat)
-    std = np.sqrt(variance)
-    return np.where(std > np.finfo(np.float32).eps * np.abs(mean), std, 1.0).astype(np.float32)
+    found = [kmeans.assign(prepared(flat[rows]), targets) for rows in _blocks(flat)]
+    return np.concatenate([labels for labels, _ in found]), np.concatenate([distances for _, distances in found])
 
 
 def _blocks(flat: np.ndarray) -> Iterator[slice]:
     """Slices of rows, each of about `_BLOCK_BYTES`."""
     rows = max(1, _BLOCK_BYTES // max(1, flat[:1].nbytes))
     return (slice(start, start + rows) for start in range(0, len(flat), rows))
-
-
-def _as_float32(x: np.ndarray, name: str) -> np.ndarray:
-    """Samples as contiguous float32, without a copy where they are that already."""
-    try:
-        values = np.ascontiguousarray(x, dtype=np.float32)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{name}: samples must be numbers of one shape: {error}") from error
-    if values.ndim < 2 or math.prod(values.shape) == 0:
-        raise UserError(f"{name}: samples must have the shape [n, ...] and not be empty, got {list(values.shape)}")
-    return values
-
-
-def _value_range(values: np.ndarray, name: str) -> tuple[float, float]:
-    """Smallest and largest value; minimum and maximum carry NaN, so that two passes need no mask in memory."""
-    low, high = float(values.min()), float(values.max())
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise UserError(f"{name}: the samples hold NaN or infinite values: remove them first")
-    if max(abs(low), abs(high)) > MAX_MAGNITUDE:
-        raise UserError(f"{name}: the samples hold values beyond {MAX_MAGNITUDE:g} in size: rescale them first")
-    return low, high
 
 
 def _spelled(shape: tuple[int, ...]) -> str:

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 
 from eval import canvas
-from eval.bins import Bins
+from eval.bins import PIXELS, Bins
 from eval.ndb import NDBResult
+
+# Members [m, *shape] of each of the bins that are asked for.
+Members = Callable[[np.ndarray], Sequence[np.ndarray]]
 
 
 def bins_gallery(
     bins: Bins,
-    reference: np.ndarray,
-    reference_labels: np.ndarray,
-    samples: np.ndarray,
-    sample_labels: np.ndarray,
+    reference: Members,
+    samples: Members,
     result: NDBResult,
     *,
     name: str = "model",
@@ -27,28 +29,31 @@ def bins_gallery(
 ) -> bytes:
     """Flagged bins as rows of PNG: proportions and z, the centre, members from the reference, the model's samples.
 
-    Missing modes come first, then over-represented ones, each by falling |z|; where both do not fit into
+    Missing modes come first, then over-represented ones, each by falling evidence; where both do not fit into
     `max_rows`, missing modes get at least two thirds of them. Where no bin is flagged, the rows with the strongest
-    evidence are shown, and the title says so. Samples are `[n, *shape]`, labels `[n]` their bins; the first
-    `members` of each bin are drawn.
+    evidence are shown, and the title says so. `reference` and `samples` give members `[m, *shape]` of the bins they
+    are asked for, of which the first `members` are drawn. Centres are drawn where they are pictures: in pixel space.
     """
     rows = _rows(result, max_rows)
     images = canvas.is_image(bins.shape)
     cell = max(0.5, 8.4 / (2 * members + 1) * bins.shape[0] / bins.shape[1]) if images else 0.95
     figure = canvas.new_figure(10.4, len(rows) * (cell + 0.06) + 0.7)
-    widths = [3, 1 if images else 2.2, members, members]
-    grid = figure.subplots(len(rows), 4, squeeze=False, gridspec_kw={"width_ratios": widths})
-    for (text, centre, left, right), k in zip(grid, rows):
-        _describe(text, result, int(k))
-        canvas.draw_row(centre, bins.centres[k].reshape(1, *bins.shape), 1, canvas.INK)
-        canvas.draw_row(left, reference[reference_labels == k][:members], members, canvas.MUTED)
+    centred = bins.centres is not None and bins.space.name == PIXELS
+    widths = [3, *([1 if images else 2.2] if centred else []), members, members]
+    grid = figure.subplots(len(rows), len(widths), squeeze=False, gridspec_kw={"width_ratios": widths})
+    for axes, k, known, put in zip(grid, rows, reference(rows), samples(rows)):
+        _describe(axes[0], result, int(k))
+        if centred and bins.centres is not None:
+            canvas.draw_row(axes[1], bins.centres[k].reshape(1, *bins.shape), 1, canvas.INK)
+        left, right = axes[-2:]
+        canvas.draw_row(left, known[:members], members, canvas.MUTED)
         colour = canvas.DIRECTION_COLOURS[result.direction(int(k))]
-        canvas.draw_row(right, samples[sample_labels == k][:members], members, colour)
+        canvas.draw_row(right, put[:members], members, colour)
         if not images:
-            for axes in (left, right):
-                axes.sharey(centre)
-                axes.tick_params(labelleft=False)
-    for axes, label in zip(grid[0], ("reference → model", "centre", "reference", name)):
+            for other in (left, right):
+                other.sharey(axes[1])
+                other.tick_params(labelleft=False)
+    for axes, label in zip(grid[0], ("reference → model", *(["centre"] if centred else []), "reference", name)):
         axes.set_title(label, loc="left", fontsize=9, color=canvas.MUTED, pad=8)
     canvas.heading(figure, _title(result, len(rows)))
     return canvas.png(figure)

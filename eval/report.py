@@ -48,12 +48,13 @@ class ReportFigure:
 
 @dataclass(frozen=True)
 class ReportSection:
-    """A heading, a paragraph, and figures below each other, or `beside` each other in a wide window."""
+    """A heading, a paragraph, a table, and figures below each other, or `beside` each other in a wide window."""
 
     title: str
     text: str = ""
     figures: Sequence[ReportFigure] = field(default_factory=tuple)
     beside: bool = False
+    table: ReportTable | None = None
 
 
 def render_report(
@@ -74,7 +75,8 @@ def render_report(
     Raises:
         ValueError: a table row with another number of cells than the table has columns.
     """
-    for table in (summary, *([stages] if stages else [])):
+    tables = [section.table for section in sections]
+    for table in filter(None, (summary, stages, *tables)):
         for row in table.rows:
             if len(row) != len(table.columns):
                 raise ValueError(f"table {table.title!r}: {len(row)} cells under {len(table.columns)} columns")

@@ -22,7 +22,8 @@ import numpy as np
 from mnist_files import blocks
 
 from data.pixels import scale
-from eval.bins import Bins, BinSettings, fit_bins
+from eval.arrays import bins_of, labels_of
+from eval.bins import Bins, BinSettings
 from eval.ndb import NDBResult, score
 
 RULES = {"z > 3": {"z_threshold": 3.0}, "z > 4": {"z_threshold": 4.0}, "p < 0.05": {"significance": 0.05}}
@@ -58,7 +59,7 @@ def timing(bins: Bins, x: np.ndarray) -> None:
     best = np.full(3, np.inf)
     for _ in range(3):
         marks = [time.perf_counter()]
-        counts = bins.count(x)
+        counts = np.bincount(labels_of(bins, x), minlength=len(bins.counts))
         marks.append(time.perf_counter())
         result = score(bins.counts, counts)
         marks.append(time.perf_counter())
@@ -79,8 +80,8 @@ def main(seeds: int = 8, splits: int = 20, max_samples: int | None = None) -> No
         order = np.random.default_rng(seed).permutation(len(images))
         known, held = order[:45_000], order[45_000:]
         settings = BinSettings(seed=seed, max_samples=max_samples)
-        bins = fit_bins(images[known], settings, reference_name="MNIST", reference_fingerprint=f"seed {seed}")
-        labels = bins.assign(images[known])
+        bins = bins_of(images[known], settings, name="MNIST", fingerprint=f"seed {seed}")
+        labels = labels_of(bins, images[known])
         assert np.array_equal(np.bincount(labels, minlength=100), bins.counts), "the reference must count as counted"
         queries = {
             "validation": images[held[:10_000]],
@@ -88,7 +89,7 @@ def main(seeds: int = 8, splits: int = 20, max_samples: int | None = None) -> No
             "test": test,
         }
         for name, x in queries.items() if seed < seeds else [("validation", queries["validation"])]:
-            counts = bins.count(x)
+            counts = np.bincount(labels_of(bins, x), minlength=len(bins.counts))
             by_rule = {rule: score(bins.counts, counts, **how) for rule, how in RULES.items()}
             if name == "validation":
                 validation.append(by_rule["p < 0.05"])

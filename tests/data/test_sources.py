@@ -178,7 +178,7 @@ def test_faulty_arrays_are_refused(tmp_path):
     def refused(pattern, array, **kinds):
         np.save(path, array, **kinds)
         with pytest.raises(UserError, match=pattern):
-            open_source(f"array:{path}")
+            gather(open_source(f"array:{path}"), "train", 1000)
 
     x = np.ones((40, 3))
     x[[31, 12], 2] = np.nan

@@ -11,6 +11,7 @@ import pytest
 from data.errors import UserError
 from deploy.registry import fetch_model, register_model
 from trainer.checkpoint import load_model
+from trainer.tracking import mlflow_at
 
 # What a consumer with mlflow, torch and numpy has; anything else of ours or of the training stack must not be needed.
 CONSUMER = """
@@ -83,9 +84,6 @@ def test_a_foreign_model_is_refused_and_never_unpickled(tmp_path):
     import mlflow
 
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    mlflow.set_tracking_uri(uri)
-    mlflow.set_registry_uri(uri)
-    experiment = mlflow.create_experiment("foreign", artifact_location=f"file://{tmp_path}/mlruns")
 
     class Trap(mlflow.pyfunc.PythonModel):
         def __reduce__(self):
@@ -94,8 +92,10 @@ def test_a_foreign_model_is_refused_and_never_unpickled(tmp_path):
         def predict(self, context, model_input, params=None):
             return model_input
 
-    with mlflow.start_run(experiment_id=experiment):
-        mlflow.pyfunc.log_model(name="m", python_model=Trap(), pip_requirements=[], registered_model_name="foreign")
+    with mlflow_at(uri):
+        experiment = mlflow.create_experiment("foreign", artifact_location=f"file://{tmp_path}/mlruns")
+        with mlflow.start_run(experiment_id=experiment):
+            mlflow.pyfunc.log_model(name="m", python_model=Trap(), pip_requirements=[], registered_model_name="foreign")
     (tmp_path / "sprung").unlink(missing_ok=True)
     with pytest.raises(UserError, match="not a model that manymodes registered"):
         fetch_model("models:/foreign/1", uri)

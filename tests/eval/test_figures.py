@@ -2,16 +2,19 @@
 
 import io
 import re
+from functools import partial
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from data.errors import UserError
+from data.partitions import MemoryPartitions
 from eval import canvas, figures
-from eval.bins import BinSettings, fit_bins
-from eval.evaluate import evaluate_samples
+from eval.arrays import bins_of, judge
+from eval.bins import BinSettings
 from eval.gallery import bins_gallery
+from eval.reference import bin_members
 from eval.report import ReportFigure, ReportSection, ReportTable, render_report
 
 SHAPES = [(8, 8, 1), (6, 9, 3), (12,), (8, 8), (3, 5, 4), (2,)]
@@ -29,8 +32,8 @@ def judged(shape, n_bins, seed=0):
     rng = np.random.default_rng(seed)
     reference, samples = rng.random((n_bins * 12, *shape)), rng.random((n_bins * 8, *shape)) ** 1.3
     settings = BinSettings(n_bins=n_bins, n_init=1)
-    bins = fit_bins(reference, settings, reference_name="noise", reference_fingerprint="")
-    return bins, reference, samples, evaluate_samples(bins, samples, name="model", scale="0..1")
+    bins = bins_of(reference, settings, name="noise")
+    return bins, reference, samples, judge(bins, samples, name="model", scale="0..1")
 
 
 @pytest.mark.parametrize("n_bins", [2, 200])
@@ -43,10 +46,10 @@ def test_binning_proportions(n_bins):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gallery_and_grid_draw_samples_of_every_shape(shape):
     bins, reference, samples, evaluation = judged(shape, 5)
-    labels = bins.assign(reference)
-    opened(bins_gallery(bins, reference, labels, samples, evaluation.labels, evaluation.result, max_rows=3))
-    none = np.zeros((0, *shape))
-    opened(bins_gallery(bins, reference, labels, none, np.zeros(0, int), evaluation.result, max_rows=3))
+    known = partial(bin_members, MemoryPartitions(reference, name="noise", scale=""), bins.members)
+    put = partial(bin_members, MemoryPartitions(samples, name="model", scale=""), evaluation.members)
+    opened(bins_gallery(bins, known, put, evaluation.result, max_rows=3))
+    opened(bins_gallery(bins, known, lambda rows: [samples[:0]] * len(rows), evaluation.result, max_rows=3))
     opened(figures.sample_grid(samples, 3, 4, "samples"))
 
 

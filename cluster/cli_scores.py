@@ -1,0 +1,355 @@
+"""The commands that judge samples: evaluate, compare, reference, watch."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.table import Table
+
+from cluster.terminal import RAY, TRACKING, out_console, print_fields, print_table
+from data.errors import UserError
+from data.limits import MAX_DRAWN, MAX_SEED, MAX_SIDE
+
+if TYPE_CHECKING:
+    from cluster.scoring import Runner
+    from eval.comparison import Comparison
+
+PLACES = "shards, a folder of images, a .npy/.npz file, models:/NAME@ALIAS or a run"
+REFERENCE = typer.Option(..., "--reference", help="the data to cover, in the same forms, or what `reference` left")
+BINS = typer.Option("100", "--bins", help="K-means bins, as 100 or 100,200,300; or `labels`: the classes")
+Z = typer.Option(None, "--z-threshold", help="a bin differs where |z| exceeds this")
+P = typer.Option(None, "--significance", help="... or where p is below this (default 0.05)")
+SEED = typer.Option(0, "--seed", min=0, max=MAX_SEED, help="fixes the bins, subsets, and the samples of a model")
+N = typer.Option(10_000, "-n", min=1, max=MAX_DRAWN, help="samples drawn from a model")
+SPLIT = typer.Option("test", "--split", help="split of SAMPLES, where it is a pack")
+REFERENCE_SPLIT = typer.Option("train", "--reference-split", help="split of REF, where it is a pack")
+SIZE = typer.Option(None, "--size", min=1, max=MAX_SIDE, help="crop and resize images to so many pixels")
+GREY = typer.Option(None, "--grey/--rgb", help="turn images grey, or to RGB (default: as they are)")
+MAX_SAMPLES = typer.Option(None, "--max-samples", min=2, help="random subset that K-means is fitted to")
+MAX_DIMENSIONS = typer.Option(None, "--max-dimensions", min=1, help="random subset of the features")
+N_INIT = typer.Option(10, "--n-init", min=1, help="K-means initialisations")
+WHITEN = typer.Option(False, "--whiten", help="divide by the reference's standard deviation")
+SCORES = typer.Option(
+    "all", "--scores", help="all, none, or some of fid,kid,manifold,transport,sharpness,classes,memorisation"
+)
+SUBSAMPLE = typer.Option(5000, "--subsample", min=10, help="random samples for scores of pairs")
+FEATURES = typer.Option(
+    "pixels",
+    "--features",
+    help="pixels, inception:FILE, torchscript:FILE, onnx:FILE, module:FILE.py:NAME or classifier:MODEL",
+)
+CLASSIFIER = typer.Option(None, "--classifier", help="an extractor that classifies, for Inception and MODE score")
+HELD_OUT = typer.Option(
+    None, "--held-out", help="data nobody trained on, for the search for copies (default: the test split of REF)"
+)
+WORKERS = typer.Option(None, "--workers", min=1, help="share the passes among so many Ray workers")
+GPUS = typer.Option(0.0, "--gpus-per-task", min=0, help="GPUs that a Ray task reserves")
+JSON = typer.Option(False, "--json", help="print one JSON object and nothing else")
+REPORT = typer.Option(None, "--report", help="write an HTML report to this file, and a JSON file beside it")
+STORE = typer.Option(None, "--store", help="folder that keeps statistics: only new data is read next time")
+
+
+def evaluate(
+    samples: str = typer.Argument(help=PLACES),
+    reference: str = REFERENCE,
+    bins: str = BINS,
+    z_threshold: float = Z,
+    significance: float = P,
+    scores: str = SCORES,
+    features: str = FEATURES,
+    classifier: str = CLASSIFIER,
+    held_out: str = HELD_OUT,
+    seed: int = SEED,
+    n: int = N,
+    split: str = SPLIT,
+    reference_split: str = REFERENCE_SPLIT,
+    size: int = SIZE,
+    grey: bool = GREY,
+    max_samples: int = MAX_SAMPLES,
+    max_dimensions: int = MAX_DIMENSIONS,
+    n_init: int = N_INIT,
+    whiten: bool = WHITEN,
+    subsample: int = SUBSAMPLE,
+    workers: int = WORKERS,
+    ray_address: str = RAY,
+    gpus_per_task: float = GPUS,
+    per_sample: str = typer.Option(None, "--per-sample", help="folder for Parquet files: bin and distance"),
+    export_missing: str = typer.Option(None, "--export-missing", help="folder for REF's samples of the missing bins"),
+    store: str = STORE,
+    as_json: bool = JSON,
+    report: str = REPORT,
+    tracking_uri: str = TRACKING,
+) -> None:
+    """Scores samples against a reference: which modes are missing? NDB, JS, FID, precision, copies, ..."""
+    given = dict(locals())
+    comparison, seconds = _compare([samples], given)
+    row = comparison.rows[0]
+    _warn(comparison)
+    if report:
+        _write_report(report, comparison, seconds)
+    if as_json:
+        print(json.dumps(row.to_dict()))
+        return
+    result = row.evaluation.result
+    table = Table("bin", "direction", "reference", "samples", "z", box=None, pad_edge=False)
+    for k in [k for k in result.by_evidence() if result.flagged[k]][:20]:
+        shares = (f"{100 * part[k]:.2f} %" for part in (result.reference_proportions, result.sample_proportions))
+        table.add_row(str(k), result.direction(k), *shares, f"{result.z[k]:+.1f}")
+    if result.ndb:
+        out_console.print(table)
+    _print_scores(comparison)
+    print_fields(
+        NDB=f"{result.ndb} of {result.bins} bins differ ({result.threshold}; {result.expected_by_chance:.1f} expected "
+        f"by chance), NDB/K {result.ndb_over_k:.3f}",
+        JS=f"{result.js:.5f} nats",
+        samples=f"{result.n_samples:,} of {samples}",
+        reference=f"{result.n_reference:,} of {reference}",
+        scale=row.evaluation.protocol["scale"],
+        **({"report": report} if report else {}),
+    )
+
+
+def compare(
+    samples: list[str] = typer.Argument(help=PLACES + "; or JSON files that `evaluate --json` printed"),
+    reference: str = typer.Option(None, "--reference", help="the data to cover, or what `reference` left"),
+    bins: str = BINS,
+    z_threshold: float = Z,
+    significance: float = P,
+    scores: str = SCORES,
+    features: str = FEATURES,
+    classifier: str = CLASSIFIER,
+    held_out: str = HELD_OUT,
+    seed: int = SEED,
+    n: int = N,
+    split: str = SPLIT,
+    reference_split: str = REFERENCE_SPLIT,
+    size: int = SIZE,
+    grey: bool = GREY,
+    max_samples: int = MAX_SAMPLES,
+    max_dimensions: int = MAX_DIMENSIONS,
+    n_init: int = N_INIT,
+    whiten: bool = WHITEN,
+    subsample: int = SUBSAMPLE,
+    workers: int = WORKERS,
+    ray_address: str = RAY,
+    gpus_per_task: float = GPUS,
+    store: str = STORE,
+    as_json: bool = JSON,
+    report: str = REPORT,
+    tracking_uri: str = TRACKING,
+) -> None:
+    """Scores several models or sets side by side against one reference; earlier results only by the same bins."""
+    given = dict(locals())
+    if all(name.endswith(".json") for name in samples):
+        from cluster.scoring import saved_table
+
+        print_table(saved_table(samples))
+        return
+    if reference is None:
+        raise UserError("name the data to cover by --reference")
+    comparison, seconds = _compare(samples, given)
+    _warn(comparison)
+    if report:
+        _write_report(report, comparison, seconds)
+    if as_json:
+        print(json.dumps([row.to_dict() for row in comparison.rows]))
+        return
+    from eval.comparison import bins_table
+
+    print_table(bins_table(comparison))
+    _print_scores(comparison)
+    if report:
+        print_fields(report=report)
+
+
+def reference(
+    reference: str = typer.Argument(help=PLACES),
+    out: str = typer.Option(..., "--out", help="folder or URL for the fitted bins and statistics"),
+    bins: str = BINS,
+    scores: str = SCORES,
+    features: str = FEATURES,
+    classifier: str = CLASSIFIER,
+    seed: int = SEED,
+    n: int = N,
+    reference_split: str = REFERENCE_SPLIT,
+    size: int = SIZE,
+    grey: bool = GREY,
+    max_samples: int = MAX_SAMPLES,
+    max_dimensions: int = MAX_DIMENSIONS,
+    n_init: int = N_INIT,
+    whiten: bool = WHITEN,
+    subsample: int = SUBSAMPLE,
+    workers: int = WORKERS,
+    ray_address: str = RAY,
+    gpus_per_task: float = GPUS,
+    tracking_uri: str = TRACKING,
+) -> None:
+    """Fits bins and statistics to a reference once, so that every later evaluation uses the same yardstick."""
+    from cluster.progress import Stages
+    from cluster.scoring import reference_of, running
+    from data import storage
+
+    given = dict(locals())
+    place = storage.check_url(out)
+    with running(_looking(given), Stages()) as runner:
+        fitted, _ = reference_of(runner, reference, _taking(given, reference_split, 1), _options(given))
+        fitted.save(place)
+    for each in fitted.bins:
+        print_fields(bins=f"{len(each.counts)} over {each.n_reference:,} samples, fingerprint {each.fingerprint}")
+    print_fields(reference=place)
+
+
+def watch(
+    samples: str = typer.Argument(help=PLACES),
+    reference: str = typer.Option(..., "--reference", help="what `reference` left"),
+    history: str = typer.Option(..., "--history", help="file to which the batch is appended, one JSON object a line"),
+    max_ndb: int = typer.Option(0, "--max-ndb", min=0, help="bins that may be flagged after Holm's correction"),
+    max_js: float = typer.Option(None, "--max-js", min=0, help="JS (nats) that may be reached; default: chance's 95 %"),
+    significance: float = P,
+    features: str = FEATURES,
+    classifier: str = CLASSIFIER,
+    split: str = SPLIT,
+    size: int = SIZE,
+    grey: bool = GREY,
+    seed: int = SEED,
+    n: int = N,
+    workers: int = WORKERS,
+    ray_address: str = RAY,
+    gpus_per_task: float = GPUS,
+    as_json: bool = JSON,
+    tracking_uri: str = TRACKING,
+) -> None:
+    """Watches for drift: scores a new batch by a fitted reference; exit code 3 where a threshold is passed."""
+    from cluster.scoring import is_reference
+    from cluster.watch import Thresholds, record
+
+    if not is_reference(reference):
+        raise UserError(f"{reference}: no fitted reference there: make one with `manymodes reference`")
+    given = {
+        **dict(locals()), "bins": "100", "scores": "none", "z_threshold": None, "held_out": None, "store": None,
+        "reference_split": "train", "max_samples": None, "max_dimensions": None, "n_init": 1, "whiten": False,
+        "subsample": 10,
+    }  # fmt: skip
+    comparison, _ = _compare([samples], given)
+    _warn(comparison)
+    batch, together = record(comparison.rows[0], Thresholds(max_ndb, max_js), history)
+    if as_json:
+        print(json.dumps({"batch": batch, "all": together}))
+    else:
+        table = Table("", "samples", "NDB (Holm)", "limit", "JS (nats)", "limit", "drift", box=None, pad_edge=False)
+        for name, found in (("this batch", batch), (f"all {together['batches']} batches", together)):
+            limits = (str(found["ndb_limit"]), f"{found['js']:.5f}", f"{found['js_limit']:.5f}")
+            table.add_row(name, f"{found['n']:,}", str(found["ndb_holm"]), *limits, "yes" if found["drift"] else "no")
+        out_console.print(table)
+    if batch["drift"]:
+        raise typer.Exit(3)
+
+
+def _looking(given: dict[str, Any]) -> Any:
+    from cluster.scoring import Looking
+
+    names = ("features", "classifier", "tracking_uri", "workers", "ray_address", "gpus_per_task")
+    return Looking(**{name: given[name] for name in names})
+
+
+def _taking(given: dict[str, Any], split: str, seed_step: int = 0) -> Any:
+    from cluster.scoring import Taking
+
+    same = {name: given[name] for name in ("n", "size", "grey", "tracking_uri")}
+    return Taking(split=split, seed=given["seed"] + seed_step, **same)
+
+
+def _options(given: dict[str, Any]) -> Any:
+    from cluster.scoring import ReferenceOptions
+    from eval.bins import BinSettings
+    from eval.scores import ScoreSettings, parse_scores
+
+    names = ("max_samples", "max_dimensions", "n_init", "whiten", "seed")
+    same = {name: given[name] for name in names}
+    settings = [BinSettings(n_bins=k, **same) for k in _numbers_of_bins(given["bins"])]
+    scores = ScoreSettings(parse_scores(given["scores"]), given["subsample"], given["seed"])
+    return ReferenceOptions(settings or [BinSettings(**same)], scores, labels=not settings)
+
+
+def _numbers_of_bins(text: str) -> list[int]:
+    if text == "labels":
+        return []
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = [0]
+    if min(numbers) < 2 or len(set(numbers)) < len(numbers):
+        raise UserError(f"--bins {text}: give a number from 2 on, several with commas between, or labels")
+    return numbers
+
+
+def _compare(samples: list[str], given: dict[str, Any]) -> tuple[Comparison, dict[str, float]]:
+    from cluster.progress import Stages
+    from cluster.scoring import held_out_of, open_set, reference_of, running, score_sets
+    from data import storage
+    from eval.evaluate import Rule
+
+    if given["z_threshold"] is not None and given["significance"] is not None:
+        raise UserError("give --z-threshold or --significance, not both")
+    rule = Rule(given["z_threshold"], given["significance"])
+    options = _options(given)
+    stages = Stages(quiet=given["as_json"])
+    known = _taking(given, given["reference_split"], 1)
+    with running(_looking(given), stages) as runner:
+        with stages.stage("open samples"):
+            sets = {name: open_set(name, _taking(given, given["split"])) for name in samples}
+            held = None
+            if "memorisation" in options.scores.names:
+                held = held_out_of(given["reference"], known)
+                if given["held_out"]:
+                    held = open_set(given["held_out"], _taking(given, given["split"]))
+        fitted, partitions = reference_of(runner, given["reference"], known, options)
+        comparison = score_sets(
+            *(runner, sets, fitted, partitions),
+            rule=rule,
+            scores=options.scores,
+            held_out=held,
+            store=None if given["store"] is None else storage.check_url(given["store"]),
+        )
+        _export(runner, comparison, given.get("per_sample"), given.get("export_missing"))
+    return comparison, {name: round(value, 3) for name, value in stages.seconds.items()}
+
+
+def _export(runner: Runner, comparison: Comparison, per_sample: str | None, export: str | None) -> None:
+    from cluster.exports import export_missing, neighbours_of, write_per_sample
+
+    row, known = comparison.rows[0], comparison.reference
+    if per_sample:
+        write_per_sample(runner, row.samples, known.bins[0], neighbours_of(known), per_sample)
+    if export:
+        result = row.evaluation.result
+        missing = [int(k) for k in result.by_evidence() if result.flagged[k] and result.direction(int(k)) == "missing"]
+        n, place = export_missing(runner, known, missing, export)
+        if not runner.stages.quiet:
+            print_fields(exported=f"{n:,} samples of {len(missing)} missing bins in {place}")
+
+
+def _warn(comparison: Comparison) -> None:
+    for row in comparison.rows:
+        if row.evaluation.warning:
+            print(f"manymodes: warning: {row.name}: {row.evaluation.warning}", file=sys.stderr)
+
+
+def _print_scores(comparison: Comparison) -> None:
+    from eval.comparison import scores_table
+
+    table = scores_table(comparison)
+    if table is not None:
+        print_table(table)
+
+
+def _write_report(path: str, comparison: Comparison, seconds: dict[str, float]) -> None:
+    from cluster.scoring import comparison_report
+    from data import storage
+
+    storage.write_text(path, comparison_report(comparison, seconds))
+    storage.write_text(str(Path(path).with_suffix(".json")), json.dumps([row.to_dict() for row in comparison.rows]))

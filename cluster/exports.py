@@ -1,0 +1,180 @@
+"""What evaluation leaves per sample: Parquet files, and the reference's samples of missing bins as a pack."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cluster.scoring import Runner
+from data import kmeans, storage
+from data.errors import UserError
+from data.manifest import Manifest, Origin, SplitRecord, save_manifest
+from data.members import Block, block_rows
+from data.partitions import Partitions, Piece
+from data.pixels import scale
+from data.shards import write_shard
+from eval.bins import Bins
+from eval.measure import View
+from eval.observed import Observed, sample_ids
+from eval.reference import Reference
+
+_SHARD_BYTES = 64 << 20
+MISSING_SPLIT = "train"
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Random reference samples among which the nearest one is searched: features [m, d] and their keys."""
+
+    features: np.ndarray
+    keys: list[str]
+
+
+def neighbours_of(reference: Reference) -> Neighbours | None:
+    """The reference's random subset, by name; None where its samples are not at hand or none were kept."""
+    sketch, partitions = reference.summary.sketch, reference.partitions
+    if sketch is None or partitions is None:
+        return None
+    return Neighbours(sketch.features(), partitions.names(sketch.positions()))
+
+
+def write_per_sample(
+    runner: Runner, partitions: Partitions, bins: Bins, neighbours: Neighbours | None, folder: str
+) -> int:
+    """Writes `part-000000.parquet` ... with one row per sample, and returns the number of rows.
+
+    Columns: `key` (the shard's sample key), `bin`, `distance` (to the bin's centre, in the features' units; null for
+    given classes), `label` where there are labels, and where `neighbours` are given `nearest` and `nearest_distance`,
+    the nearest of those reference samples.
+
+    Raises:
+        UserError: Parquet files are there already, or the folder cannot be written.
+    """
+    place = storage.check_url(folder)
+    if any(name.endswith(".parquet") for name in storage.names(place)):
+        raise UserError(f"{folder}: Parquet files are there already: choose another folder")
+    with runner.stages.stage("per-sample results", unit="samples") as advance:
+        done = 0
+        light = bins.without_pictures()
+        for rows in runner.map(_write_part, partitions, light, neighbours, place):
+            done += rows
+            advance(done, total=partitions.n)
+    return done
+
+
+def _write_part(
+    partitions: Partitions, number: int, view: View, bins: Bins, neighbours: Neighbours | None, folder: str
+) -> int:
+    tables = [_rows(partitions, number, piece, view, bins, neighbours) for piece in partitions.pieces(number)]
+    table = pa.concat_tables(tables)
+    with storage.publish(storage.join(folder, f"part-{number:06d}.parquet")) as handle:
+        pq.write_table(table, handle)
+    return table.num_rows
+
+
+def _rows(
+    partitions: Partitions, number: int, piece: Piece, view: View, bins: Bins, neighbours: Neighbours | None
+) -> pa.Table:
+    seen = _seen(partitions, number, piece, view)
+    labels, squared = bins.assign(seen)
+    columns: dict[str, Any] = {"key": pa.array(piece.keys()), "bin": labels}
+    columns["distance"] = pa.nulls(len(labels), pa.float32()) if squared is None else np.sqrt(squared)
+    if piece.label is not None:
+        columns["label"] = piece.label
+    if neighbours is not None:
+        nearest, gaps = kmeans.assign(seen.features, neighbours.features)
+        columns["nearest"] = pa.array(np.array(neighbours.keys, object)[nearest])
+        columns["nearest_distance"] = np.sqrt(np.maximum(gaps, 0))
+    return pa.table(columns)
+
+
+def _seen(partitions: Partitions, number: int, piece: Piece, view: View) -> Observed:
+    x = scale(piece.x, partitions.levels)
+    features, probabilities = view.look(x)
+    ids = sample_ids(partitions.keys[number], len(x), piece.start)
+    return Observed(x, features, ids, np.arange(len(x)), piece.label, probabilities)
+
+
+def export_missing(
+    runner: Runner, reference: Reference, missing: Sequence[int], folder: str
+) -> tuple[int, str]:
+    """Packs the reference's samples of some bins, with a list of their keys; returns their number and the pack's place.
+
+    Leaves `folder`/missing.parquet (key, bin) and a pack (shards and manifest) in `folder`/shards.
+
+    Raises:
+        UserError: no bins, a reference whose samples are not at hand, or a pack that is there already.
+    """
+    partitions, bins = reference.partitions, reference.bins[0]
+    if not missing:
+        raise UserError("no bin is missing: there is nothing to export")
+    if partitions is None:
+        raise UserError("the reference's samples are not at hand: name the data itself by --reference")
+    place = storage.join(storage.check_url(folder), "shards")
+    if storage.names(place):
+        raise UserError(f"{place}: files are there already: choose another folder")
+    keys: list[str] = []
+    numbers: list[int] = []
+    view = runner.view()
+
+    def chosen() -> Iterator[Block]:
+        for number in range(len(partitions)):
+            for piece in partitions.pieces(number):
+                labels, _ = bins.assign(_seen(partitions, number, piece, view))
+                rows = np.flatnonzero(np.isin(labels, missing))
+                if len(rows):
+                    names = piece.keys()
+                    keys.extend(names[row] for row in rows)
+                    numbers.extend(labels[rows].tolist())
+                    block = {"x": piece.x[rows]}
+                    yield block if piece.label is None else {**block, "label": piece.label[rows]}
+                advance(len(keys), total=int(bins.counts[list(missing)].sum()))
+
+    with runner.stages.stage("export missing bins", unit="samples") as advance:
+        blocks = chosen()
+        first = next(blocks, None)
+        if first is None:
+            raise UserError("the missing bins hold no sample of this reference: take the one the bins were fitted to")
+        manifest = _pack(itertools.chain([first], blocks), first, partitions, place)
+        table = pa.table({"key": pa.array(keys), "bin": np.array(numbers, np.int64)})
+        with storage.publish(storage.join(storage.check_url(folder), "missing.parquet")) as handle:
+            pq.write_table(table, handle)
+    return manifest.n_samples(MISSING_SPLIT), place
+
+
+def _pack(blocks: Iterator[Block], first: Block, partitions: Partitions, place: str) -> Manifest:
+    shape, dtype = first["x"].shape[1:], first["x"].dtype
+    rows = block_rows(shape, dtype.str, 1000)
+    per_shard = max(1, _SHARD_BYTES // max(1, first["x"][:1].nbytes))
+    records = [
+        write_shard(storage.join(place, f"{MISSING_SPLIT}-{number:06d}.tar"), share, rows_per_block=rows)
+        for number, share in enumerate(_shares(blocks, per_shard))
+    ]
+    split = SplitRecord(samples=sum(record.samples for record in records), shards=records)
+    manifest = Manifest(
+        name=f"{partitions.name}-missing",
+        shape=shape,
+        dtype="uint8" if dtype == np.uint8 else "float32",
+        levels=partitions.levels,
+        source=Origin(spec=f"missing bins of {partitions.name}"),
+        splits={MISSING_SPLIT: split},
+    )
+    return save_manifest(manifest, place)
+
+
+def _shares(blocks: Iterator[Block], n: int) -> Iterator[list[Block]]:
+    """Blocks of about n rows together."""
+    held: list[Block] = []
+    for block in blocks:
+        held.append(block)
+        if sum(len(part["x"]) for part in held) >= n:
+            yield held
+            held = []
+    if held:
+        yield held

@@ -1,0 +1,139 @@
+"""One pass over a set of samples: every observer sees every sample once, in this process.
+
+Partitions are observed apart and merged in their order, so that a pass that is shared by workers gives the same result
+to the bit.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from data.errors import UserError
+from data.partitions import Partitions, Piece, position
+from data.pixels import scale
+from eval.bins import Space
+from eval.features import Extractor, Features
+from eval.observed import Observed, Pass, sample_ids
+
+# Pieces are joined to blocks of about so many bytes: matrix products want many rows.
+_BLOCK_BYTES = 32 << 20
+_BLOCK_ROWS = 32_768
+
+
+@dataclass(frozen=True)
+class View:
+    """What is looked at in every sample: features, and class probabilities.
+
+    Without `features` distances are measured between the samples' own values. Without `classifier` the probabilities
+    are those of the features' own extractor, where it has any.
+    """
+
+    features: Extractor | None = None
+    classifier: Extractor | None = None
+
+    @property
+    def space(self) -> Space:
+        """Of the features."""
+        return Space(self.features.name, self.features.fingerprint) if self.features else Space()
+
+    def look(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """Features [n, d] and class probabilities [n, n_classes] or None."""
+        found = self.features(x) if self.features else Features(x.reshape(len(x), -1))
+        probabilities = found.probabilities if self.classifier is None else self.classifier(x).probabilities
+        return found.x, probabilities
+
+
+def observe_partition(
+    partitions: Partitions, number: int, view: View, observers: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """Fresh copies of the observers that have seen one partition.
+
+    Raises:
+        UserError: damaged data, or samples that an observer refuses; it names the set.
+    """
+    found = {name: copy.deepcopy(observer) for name, observer in observers.items()}
+    for start, x, labels in blocks(partitions, number):
+        try:
+            features, probabilities = view.look(x)
+            seen = Observed(
+                x=x,
+                features=features,
+                ids=sample_ids(partitions.keys[number], len(x), start),
+                positions=position(number, np.arange(start, start + len(x))),
+                labels=labels,
+                probabilities=probabilities,
+            )
+            for observer in found.values():
+                observer.observe(seen)
+        except UserError as error:
+            raise UserError(f"{partitions.name}: {error}") from error
+    return found
+
+
+def blocks(partitions: Partitions, number: int) -> Iterator[tuple[int, np.ndarray, np.ndarray | None]]:
+    """A partition in large blocks: the first row's place, samples on the scale of the scores, labels or None."""
+    waiting: list[Piece] = []
+    held = 0
+    for piece in partitions.pieces(number):
+        waiting.append(piece)
+        held += len(piece.x)
+        if held >= min(_BLOCK_ROWS, _BLOCK_BYTES // (4 * max(1, piece.x[0].size))):
+            yield _joined(waiting, partitions.levels)
+            waiting, held = [], 0
+    if waiting:
+        yield _joined(waiting, partitions.levels)
+
+
+def _joined(pieces: list[Piece], levels: int | None) -> tuple[int, np.ndarray, np.ndarray | None]:
+    x = pieces[0].x if len(pieces) == 1 else np.concatenate([piece.x for piece in pieces])
+    known = [piece.label for piece in pieces if piece.label is not None]
+    labels = np.concatenate(known) if len(known) == len(pieces) else None
+    return pieces[0].start, scale(x, levels), labels
+
+
+Observe = Callable[[Partitions, int, View, Mapping[str, Any]], Mapping[str, Any]]
+
+
+def local_pass(
+    partitions: Partitions,
+    view: View | None = None,
+    progress: Callable[..., Any] = lambda *a, **b: None,
+    observe: Observe | None = None,
+) -> Pass:
+    """Passes over a set in this process.
+
+    Args:
+        partitions: the set.
+        view: what is looked at; the samples' own values if None.
+        progress: told (samples done, total), or partitions where the samples' number is not known.
+        observe: takes the place of `observe_partition`.
+    """
+    seen_by, look = view or View(), observe or observe_partition
+
+    def over(observers: Mapping[str, Any]) -> Mapping[str, Any]:
+        total: dict[str, Any] = {}
+        done = 0
+        for number in range(len(partitions)):
+            merge_into(total, look(partitions, number, seen_by, observers))
+            done += 1 if partitions.sizes is None else partitions.sizes[number]
+            progress(done, total=len(partitions) if partitions.n is None else partitions.n)
+        if not total:
+            raise UserError(f"{partitions.name}: no samples there: check the path and the split")
+        return total
+
+    return over
+
+
+def merge_into(total: dict[str, Any], part: Mapping[str, Any]) -> None:
+    """Adds what the observers of one more partition have seen."""
+    for name, observer in part.items():
+        if name in total:
+            total[name].merge(observer)
+        else:
+            total[name] = observer
+

@@ -1,0 +1,68 @@
+"""Statistics of partitions that are kept: a set that grew or shrank is judged again by reading only what is new."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from data import storage
+from data.errors import UserError
+from data.partitions import Partitions
+from eval.measure import View, observe_partition
+
+# Changes when what is stored under a name does.
+_FORMAT = 1
+
+
+def observe_stored(
+    partitions: Partitions, number: int, view: View, observers: Mapping[str, Any], store: str | None
+) -> Mapping[str, Any]:
+    """`observe_partition`, but from `store` where the same was observed of the same partition before.
+
+    A file belongs to the partition's content, the view, and the observers' settings: its name is their fingerprint.
+    Observers without `identity` and `restored` are never stored, nor is what is observed together with them.
+
+    Raises:
+        UserError: as `observe_partition`; or the store cannot be written.
+    """
+    if store is None or not all(hasattr(observer, "restored") for observer in observers.values()):
+        return observe_partition(partitions, number, view, observers)
+    facts = [
+        _FORMAT,
+        partitions.keys[number],
+        partitions.scale,
+        [[part.fingerprint, part.name] if part else None for part in (view.features, view.classifier)],
+        {name: observer.identity() for name, observer in observers.items()},
+    ]
+    name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    place = storage.join(store, f"{name}.safetensors")
+    if storage.exists(place):
+        return _restored(place, observers, number)
+    found = observe_partition(partitions, number, view, observers)
+    arrays = {
+        f"{name} {key}": np.asarray(value, order="C")
+        for name, observer in found.items()
+        for key, value in observer.arrays().items()
+    }
+    with storage.publish(place) as handle:
+        handle.write(save_tensors(arrays))
+    return found
+
+
+def _restored(place: str, observers: Mapping[str, Any], number: int) -> Mapping[str, Any]:
+    try:
+        arrays = load_tensors(storage.read_bytes(place))
+        found = {}
+        for name, observer in observers.items():
+            own = {key[len(name) + 1 :]: value for key, value in arrays.items() if key.startswith(f"{name} ")}
+            found[name] = observer.restored(own, number)
+        return found
+    except (SafetensorError, KeyError, ValueError, IndexError) as error:
+        raise UserError(f"{place} is damaged: remove it, and it is made again") from error

@@ -1,0 +1,117 @@
+import io
+import tarfile
+
+import cloudpickle
+import numpy as np
+import pytest
+from PIL import Image
+
+from data import shards
+from data.errors import UserError
+from data.partitions import open_partitions, position
+from data.pixels import scale
+from data.sources import SourceOptions, open_source
+
+
+def gathered(parts):
+    """Positions, keys, samples on the scale of the scores, and labels of a whole set."""
+    pieces = [(number, piece) for number in range(len(parts)) for piece in parts.pieces(number)]
+    return (
+        np.concatenate([position(number, np.arange(p.start, p.start + len(p.x))) for number, p in pieces]),
+        [key for _, piece in pieces for key in piece.keys()],  # noqa: SIM118
+        np.concatenate([scale(piece.x, parts.levels) for _, piece in pieces]),
+        None if pieces[0][1].label is None else np.concatenate([piece.label for _, piece in pieces]),
+    )
+
+
+@pytest.fixture
+def pixels():
+    return np.random.default_rng(0).integers(0, 256, (20, 6, 6, 3), dtype=np.uint8)
+
+
+def write_tar(path, arrays):
+    with tarfile.open(path, "w") as tar:
+        for i, array in enumerate(arrays):
+            stream = io.BytesIO()
+            Image.fromarray(array).save(stream, "PNG")
+            info = tarfile.TarInfo(f"{i:03d}.png")
+            info.size = stream.tell()
+            stream.seek(0)
+            tar.addfile(info, stream)
+
+
+def test_the_same_pixels_from_everywhere_are_the_same_samples(tmp_path, pixels):
+    np.save(tmp_path / "x.npy", pixels)
+    (tmp_path / "png").mkdir()
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(tmp_path / "png" / f"{i:03d}.png")
+    (tmp_path / "tars").mkdir()
+    write_tar(tmp_path / "tars" / "s-0.tar", pixels[:12])
+    write_tar(tmp_path / "tars" / "s-1.tar", pixels[12:])
+    source = open_source(f"array:{tmp_path / 'x.npy'}", SourceOptions(test_fraction=0, shuffle=False))
+    shards.pack(source, str(tmp_path / "pack"), rows_per_block=7)
+    places = ["x.npy", "png", "tars", "tars/s-{0..1}.tar", "pack", "pack/manifest.json"]
+    chosen = np.array([19, 0, 7])
+    expected = np.divide(pixels, np.float32(255), dtype=np.float32)
+    for place in places:
+        parts = open_partitions(str(tmp_path / place), split="train")
+        positions, keys, x, _ = gathered(parts)
+        assert (x.dtype, parts.scale) == (np.float32, "uint8 / 255")
+        np.testing.assert_array_equal(x, expected)
+        np.testing.assert_array_equal(parts.fetch(positions[chosen]), expected[chosen])
+        assert len(set(keys)) == 20
+        assert parts.n in (20, None)
+        assert (np.diff(positions) > 0).all()
+
+
+def test_splits_labels_and_real_numbers(tmp_path):
+    digits = open_partitions("digits", split="test")
+    assert digits.scale == "uint8 / 16"
+    _, _, x, labels = gathered(digits)
+    assert x.max() == 1
+    assert labels.dtype == np.int64
+    manifest = shards.pack(open_source("digits"), str(tmp_path / "digits"))
+    packed = open_partitions(str(tmp_path / "digits"), split="test")
+    assert packed.n == manifest.n_samples("test")
+    np.testing.assert_array_equal(gathered(packed)[3], labels)
+    np.save(tmp_path / "x.npy", np.full((4, 2), -3.5))
+    real = open_partitions(str(tmp_path / "x.npy"))
+    assert real.scale == "float32 as stored"
+    assert (gathered(real)[2] == -3.5).all()
+
+
+def test_the_cut_follows_the_data_and_every_sample_comes_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.partitions._PARTITION_BYTES", 500)
+    x = np.random.default_rng(0).standard_normal((300, 4)).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    source = open_source(f"array:{tmp_path / 'x.npy'}", SourceOptions(test_fraction=0, shuffle=False))
+    shards.pack(source, str(tmp_path / "pack"), rows_per_block=9, shard_bytes=2000)
+    for place in ("x.npy", "pack"):
+        parts = open_partitions(str(tmp_path / place), split="train")
+        assert len(parts) > 5
+        assert len(set(parts.keys)) == len(parts)
+        assert sum(parts.sizes) == 300
+        positions, keys, found, _ = gathered(cloudpickle.loads(cloudpickle.dumps(parts)))
+        np.testing.assert_array_equal(found, x)
+        np.testing.assert_array_equal(parts.fetch(positions[::-7]), x[::-7])
+        assert len(set(keys)) == 300
+
+
+def test_images_of_different_shapes(tmp_path, pixels):
+    write_tar(tmp_path / "s.tar", [pixels[0], pixels[1][:, :4]])
+    (tmp_path / "png").mkdir()
+    Image.fromarray(pixels[0]).save(tmp_path / "png" / "a.png")
+    Image.fromarray(pixels[1][:, :4]).save(tmp_path / "png" / "b.png")
+    for place in ("s.tar", "png"):
+        with pytest.raises(UserError, match="set size"):
+            gathered(open_partitions(str(tmp_path / place)))
+        assert gathered(open_partitions(str(tmp_path / place), size=3, grey=True))[2].shape == (2, 3, 3, 1)
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(UserError, match="nothing is there"):
+        open_partitions(str(tmp_path / "missing"))
+    with pytest.raises(UserError, match="no PNG or JPEG"):
+        open_partitions(str(tmp_path))
+    with pytest.raises(UserError, match="no split 'validation'"):
+        open_partitions("digits", split="validation")
