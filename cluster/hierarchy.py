@@ -103,7 +103,7 @@ def _route_part(
     for k, blocks in routed.items():
         merged = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
         url = storage.join(component_folder(folder, k), f"{TRAIN_SPLIT}-{part:06d}.tar")
-        record = write_shard(url, [merged], rows_per_block=recipe.data.rows_per_block)
+        record = write_shard(url, [merged], rows_per_block=recipe.data.rows_per_block, n_samples=len(merged["x"]))
         records[k] = record.model_dump(mode="json")
     return part, records
 

@@ -39,7 +39,9 @@ class DataSettings(Settings):
         None, description="digits, mnist:F, svhn:F, images:F (a folder), or array:FILE.npy|npz; null takes `shards`"
     )
     shards: str | None = Field(None, description="folder or URL of the packed shards; null puts them below --out")
-    rows_per_block: int = Field(1000, ge=1, description="rows in one tar member; fewer where rows are large")
+    rows_per_block: int | None = Field(
+        None, ge=1, description="most rows in one tar member; null: 1000 small images, up to 16,384 small vectors"
+    )
     options: SourceOptions = Field(default_factory=lambda: SourceOptions())
 
     @model_validator(mode="after")
