@@ -19,6 +19,7 @@ from eval.classifier_figures import confusion_matrix
 from eval.report import ReportFigure, ReportSection, ReportTable
 from trainer.settings import TEST_SPLIT, TRAIN_SPLIT
 
+UNIT = "samples"  # of progress
 _SHOWN = 40
 _GUESS = "class frequencies of the training split"
 

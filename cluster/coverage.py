@@ -23,6 +23,8 @@ from eval.report import ReportFigure, ReportSection
 from trainer.checkpoint import load_model
 from trainer.settings import TEST_SPLIT, TRAIN_SPLIT
 
+UNIT = "models"  # of progress
+
 
 def can_be_judged(recipe: Recipe, manifest: Manifest) -> None:
     """Refuses, before training, data that the evaluation would refuse after it."""

@@ -53,7 +53,10 @@ class LocalModel:
 
     def log_prob(self, x: np.ndarray) -> np.ndarray:
         """log p(x) in nats, [n]."""
-        return np.logaddexp.reduce(self.component_log_prob(x), axis=1)
+        if hasattr(self.model, "component_log_prob"):
+            return np.logaddexp.reduce(self.component_log_prob(x), axis=1)
+        self.require("log_prob")
+        return self._over_batches(self.model.log_prob, x).double().numpy()
 
     def _over_batches(self, function: Any, x: np.ndarray) -> torch.Tensor:
         flat = torch.from_numpy(np.ascontiguousarray(x, np.float32)).flatten(1)

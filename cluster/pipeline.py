@@ -44,7 +44,7 @@ def run_job(
         check=lambda manifest: judging.can_be_judged(recipe, manifest),
     ) as trained:
         stages = trained.stages
-        with stages.stage("evaluate", unit="models") as advance:
+        with stages.stage("evaluate", unit=judging.UNIT) as advance:
             verdict: Verdict = judging.judge(recipe, trained, advance)
         publish_model(recipe, trained, verdict.metrics)
         verdict.save(trained.folder)
