@@ -13,6 +13,7 @@ from data.stream import read_blocks, read_labels
 from trainer.checkpoint import load_model, save_model
 from trainer.families.classifier import ClassifierSettings
 from trainer.fit import Fit, trained_tensors
+from trainer.loop import Callbacks
 from trainer.models.classifier import Classifier
 from trainer.settings import InitialisationSettings, OptimiserSettings, TrainingSettings
 
@@ -118,6 +119,23 @@ def test_two_workers_train_the_network_of_one(digits_pack, tmp_path):
         assert torch.equal(ranks[0]["ddp"][name], ranks[1]["ddp"][name]), name
         assert torch.allclose(value, ranks[0]["ddp"][name], atol=1e-5), name
         assert torch.allclose(value, ranks[0]["zero"][name], atol=1e-5), name
+
+
+def test_resumed_equals_uninterrupted(digits_pack):
+    manifest, family, saved = load_manifest(digits_pack.base), ClassifierSettings(width=8, n_hidden=16), {}
+
+    def run(resume=None):
+        torch.manual_seed(0)
+        model = family.build(manifest)
+        if resume is None:  # a checkpoint holds the inputs' scale too
+            family.initialise(model, manifest, settings_for(), InitialisationSettings())
+        fit = Fit(model, manifest, settings_for(), lanes=2, objective=family.objective)
+        return fit.run(Callbacks(on_checkpoint=saved.__setitem__), resume)
+
+    whole = run()
+    resumed = run((5, saved[5]))
+    assert whole.keys() == resumed.keys()
+    assert all(torch.allclose(whole[name], resumed[name], atol=1e-6) for name in whole)
 
 
 def test_labels_are_read_without_their_samples(digits_pack):
