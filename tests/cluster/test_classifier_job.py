@@ -15,7 +15,8 @@ from cluster.models import LocalClassifier, open_classifier, open_mixture, open_
 from cluster.pipeline import run_job
 from cluster.recipe import load_recipe
 from data.errors import UserError
-from data.samples import load_samples
+from data.manifest import load_manifest
+from data.stream import read_blocks
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +28,12 @@ def job(tmp_path_factory):
     table = run_job(recipe, str(folder / "out"), quiet=True)["table"]
     summary = json.loads((folder / "out" / "summary.json").read_text())
     return SimpleNamespace(folder=folder / "out", uri=uri, summary=summary, table=table)
+
+
+def held_out(job):
+    """The test split: samples [n, 8, 8, 1] in [0, 1] and labels [n]."""
+    blocks = list(read_blocks(load_manifest(str(job.folder / "shards")), "test"))
+    return tuple(np.concatenate([block[name] for block in blocks]) for name in ("x", "label"))
 
 
 def test_scores_table_and_report(job):
@@ -60,19 +67,19 @@ def test_recorded_and_registered(job):
 
 
 def test_opened_from_folder_and_registry(job):
-    x = load_samples(str(job.folder / "shards"), split="test")
+    x, labels = held_out(job)
     for place in (str(job.folder), job.summary["model_uri"]):
         model = open_classifier(place, job.uri)
         assert model.test_accuracy == job.summary["metrics"]["test_accuracy"]
-        probabilities = model.probabilities(x.x)
+        probabilities = model.probabilities(x)
         assert probabilities.shape == (359, 10)
-        assert np.mean(probabilities.argmax(1) == x.labels) == model.test_accuracy
-        assert model.features(x.x).shape == (359, 128)
+        assert np.mean(probabilities.argmax(1) == labels) == model.test_accuracy
+        assert model.features(x).shape == (359, 128)
     assert isinstance(open_model(str(job.folder)), LocalClassifier)
 
 
 def test_as_a_feature_extractor(job):
-    x = load_samples(str(job.folder / "shards"), split="test").x
+    x, _ = held_out(job)
     model = open_classifier(str(job.folder))
     digest = hashlib.sha256((job.folder / "model" / "weights.safetensors").read_bytes()).hexdigest()
     for place in (str(job.folder), job.summary["model_uri"]):
