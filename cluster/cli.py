@@ -293,7 +293,8 @@ def traverse(
         out_console.print(str(Path(out) / name), highlight=False)
 
 
-for command in (cli_scores.evaluate, cli_scores.compare, cli_scores.reference, cli_scores.watch):
+_JUDGING = (cli_scores.evaluate, cli_scores.compare, cli_scores.reference, cli_scores.watch, cli_scores.study)
+for command in _JUDGING:
     app.command()(command)
 
 

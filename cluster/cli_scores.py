@@ -1,4 +1,4 @@
-"""The commands that judge samples: evaluate, compare, reference, watch."""
+"""The commands that judge samples, evaluate, compare, reference, watch; and the one that judges scores, study."""
 
 from __future__ import annotations
 
@@ -247,6 +247,71 @@ def watch(
         out_console.print(table)
     if batch["drift"]:
         raise typer.Exit(3)
+
+
+def study(
+    reference: str = typer.Argument(help="labelled data: a pack, a folder of images, a .npz file, or a source"),
+    out: str = typer.Option(..., "--out", help="folder or URL for study.json, study.png and study.html"),
+    keep: str = typer.Option("0,0.25,0.5,0.75", "--keep", help="shares of the class that are kept, from 0 on, below 1"),
+    classes: str = typer.Option(None, "--classes", help="thin these classes, one at a time (default: each)"),
+    bins: int = typer.Option(100, "--bins", min=2, help="K-means bins"),
+    splits: int = typer.Option(20, "--splits", min=2, help="random splits into reference and samples that are judged"),
+    calibration: int = typer.Option(99, "--calibration", min=1, help="further splits, which fix the thresholds"),
+    level: float = typer.Option(0.05, "--level", help="false-alarm rate that is allowed"),
+    samples: int = typer.Option(5000, "--samples", min=10, help="samples of each half of a split, at most"),
+    subsample: int = typer.Option(2000, "--subsample", min=10, help="samples for scores of pairs"),
+    n_init: int = typer.Option(2, "--n-init", min=1, help="K-means initialisations"),
+    scores: str = typer.Option(
+        "all",
+        "--scores",
+        help="all, or some of ndb,ndb_holm,ndb_bh,js,fid,kid,precision,recall,density,coverage,sliced",
+    ),
+    by_class: str = typer.Option(
+        None, "--by-class", help="the score that is also shown class by class (default: ndb_holm)"
+    ),
+    features: str = FEATURES,
+    seed: int = SEED,
+    split: str = typer.Option("test", "--split", help="split of REFERENCE, where it has splits"),
+    size: int = SIZE,
+    grey: bool = GREY,
+    tracking_uri: str = TRACKING,
+) -> None:
+    """Plants collapse in real data, one class at a time: how often does each score notice?"""
+    from cluster.progress import Stages
+    from cluster.scoring import Taking
+    from cluster.studies import Plan, run_study
+    from data import storage
+    from eval.planted import MEASURES, Measuring
+
+    names = tuple(MEASURES) if scores == "all" else tuple(_parts(scores))
+    plan = Plan(
+        keep=_shares(keep),
+        classes=tuple(_parts(classes or "")),
+        splits=splits,
+        calibration=calibration,
+        samples=samples,
+        by_class=by_class,
+        seed=seed,
+        measuring=Measuring(names, bins, n_init, subsample, level),
+    )
+    place, stages = storage.check_url(out), Stages()
+    taking = Taking(split=split, size=size, grey=grey, tracking_uri=tracking_uri)
+    found = run_study(reference, plan, taking, stages, out=place, features=features)
+    found.save(place, {name: round(value, 3) for name, value in stages.seconds.items()})
+    print_table(found.table())
+    print_table(found.class_table())
+    print_fields(**{name: storage.join(place, f"study.{name}") for name in ("html", "png", "json")})
+
+
+def _parts(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in _parts(text))
+    except ValueError:
+        raise UserError(f"--keep {text}: give numbers from 0 on, below 1, with commas between") from None
 
 
 def _looking(given: dict[str, Any]) -> Any:

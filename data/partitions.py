@@ -60,6 +60,7 @@ class Partitions(ABC):
         keys: what identifies the content of each partition, as far as it is known without reading.
         sizes: samples of each partition; None where only reading tells.
         fingerprint: SHA-256 of the content, where it is known without reading; else None.
+        class_names: name of each label, where known.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Partitions(ABC):
     keys: Sequence[str]
     sizes: Sequence[int] | None
     fingerprint: str | None = None
+    class_names: Sequence[str] | None = None
 
     @abstractmethod
     def pieces(self, number: int) -> Iterator[Piece]:
@@ -191,7 +193,7 @@ class PackPartitions(Partitions):
     def __init__(self, manifest: Manifest, split: str) -> None:
         self.manifest, self.split = manifest, split
         self.name, self.levels = manifest.name, manifest.levels
-        self.scale = _scale(manifest.dtype, manifest.levels)
+        self.scale, self.class_names = _scale(manifest.dtype, manifest.levels), manifest.class_names
         self.reader = SplitReader(manifest, split)
         self.ranges: list[tuple[int, int]] = []
         keys, sizes, first = [], [], 0
@@ -223,7 +225,7 @@ class SourcePartitions(Partitions):
         self.asked = (spec, split, options.model_dump_json())
         source, self.split = _opened(*self.asked)
         self.name, self.levels = source.name, source.levels
-        self.scale = _scale(source.dtype, source.levels)
+        self.scale, self.class_names = _scale(source.dtype, source.levels), source.class_names
         n = len(source.parts[self.split].rows)
         row_bytes = max(1, int(np.prod(source.shape)) * np.dtype(source.dtype).itemsize)
         step = max(1, _PARTITION_BYTES // row_bytes)
