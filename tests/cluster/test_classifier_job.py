@@ -24,7 +24,7 @@ def job(tmp_path_factory):
     """The digits classifier, trained for a few seconds."""
     folder = tmp_path_factory.mktemp("classifier")
     uri = f"sqlite:///{folder}/mlflow.db"
-    recipe = load_recipe("digits-classifier", ["training.steps=150", "model.width=16", f"tracking.uri={uri}"])
+    recipe = load_recipe("digits-classifier", [f"tracking.uri={uri}"])
     table = run_job(recipe, str(folder / "out"), quiet=True)["table"]
     summary = json.loads((folder / "out" / "summary.json").read_text())
     return SimpleNamespace(folder=folder / "out", uri=uri, summary=summary, table=table)
