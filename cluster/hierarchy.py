@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -144,10 +144,12 @@ def train_sub_mixtures(
     return results
 
 
-def save_trained(folder: str, model: MFA, recipe: Recipe, manifest: Manifest) -> None:
-    """Stores a model of this recipe, trained on this data."""
+def save_trained(
+    folder: str, model: Any, recipe: Recipe, manifest: Manifest, scores: Mapping[str, float] | None = None
+) -> None:
+    """Stores a model of this recipe, trained on this data, perhaps with what it reached on test data."""
     dequantised = recipe.training.dequantises(manifest.levels)
-    save_model(folder, model, recipe.model.family, manifest, dequantised=dequantised)
+    save_model(folder, model, recipe.model.family, manifest, dequantised=dequantised, scores=scores)
 
 
 def sub_components(samples: int, recipe: Recipe) -> int:

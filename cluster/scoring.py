@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from cluster.extractors import open_extractor
 from cluster.models import model_folder, open_model
 from cluster.progress import Stages
 from data import storage
@@ -19,7 +20,6 @@ from eval.bins import BinSettings
 from eval.comparison import Comparison, bins_table, judge, report_sections, row_sections, scores_table
 from eval.drawn import DrawnPartitions
 from eval.evaluate import Rule
-from eval.features import open_extractor
 from eval.measure import View, local_pass
 from eval.observed import Pass
 from eval.reference import REFERENCE, Reference, fit_reference
@@ -65,8 +65,7 @@ def open_set(place: str, taking: Taking) -> Partitions:
         return open_partitions(place, split=taking.split, size=taking.size, grey=taking.grey)
     uri = taking.tracking_uri
     model = open_model(place, uri)
-    if not hasattr(model, "sample"):
-        raise UserError(f"{place}: a model that draws no samples: give a generative one")
+    model.require("sample")
     return DrawnPartitions(
         functools.partial(_opened, place, uri),
         *(taking.n, taking.seed),
@@ -85,8 +84,8 @@ def _opened(place: str, uri: str | None) -> Any:
 @functools.lru_cache(maxsize=4)
 def open_view(features: str | None, classifier: str | None, tracking_uri: str | None) -> View:
     """The view that these specs stand for, opened once in a process."""
-    opened = [open_extractor(spec) if spec and spec != "pixels" else None for spec in (features, classifier)]
-    return View(*opened)
+    specs = (features, classifier)
+    return View(*(open_extractor(spec, tracking_uri) if spec and spec != "pixels" else None for spec in specs))
 
 
 @dataclass

@@ -24,15 +24,17 @@ _SINGLE_BYTES = 100_000
 Block = dict[str, np.ndarray]
 
 
-def read_member(manifest: Manifest, shard: ShardRecord, number: int) -> Block:
+def read_member(manifest: Manifest, shard: ShardRecord, number: int, *, labels_only: bool = False) -> Block:
     """One member of a shard, checked and decoded: "x" [rows, *shape], perhaps "label" [rows] int64.
 
-    All of its files are fetched by one request, as they lie side by side.
+    All of its files are fetched by one request, as they lie side by side; with `labels_only` the label's alone.
 
     Raises:
         UserError: the bytes are not those of the manifest.
     """
     rows, fields = shard.members[number]
+    if labels_only:
+        fields = {field: place for field, place in fields.items() if _name_of(field) == "label"}
     start = min(offset for offset, _, _ in fields.values())
     stop = max(offset + length for offset, length, _ in fields.values())
     data = memoryview(storage.read_range(manifest.shard_url(shard), start, stop - start))
@@ -47,6 +49,8 @@ def read_member(manifest: Manifest, shard: ShardRecord, number: int) -> Block:
             raise damaged(manifest, shard, f"member {number}, {field!r}: {error}") from error
         if len(block[name]) != rows:
             raise damaged(manifest, shard, f"member {number}, {field!r}: {len(block[name])} rows instead of {rows}")
+    if labels_only:
+        return block
     if "x" not in block or block["x"].shape[1:] != manifest.shape or block["x"].dtype != manifest.dtype:
         raise damaged(manifest, shard, f"member {number} does not hold samples of shape {manifest.shape}")
     return block

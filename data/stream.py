@@ -251,3 +251,16 @@ def read_blocks(
             block["x"] = scale(block["x"], manifest.levels)
         block["index"] = np.arange(reader.starts[number], reader.starts[number + 1], dtype=np.int64)
         yield block
+
+
+def read_labels(manifest: Manifest, split: str) -> np.ndarray:
+    """The labels [n] int64 of a split, without reading its samples.
+
+    Raises:
+        UserError: no labels, a missing or empty split, a shard that is missing, truncated or changed.
+    """
+    if not manifest.has_labels:
+        raise UserError(f"{manifest.base}: the samples have no labels: pack them with labels")
+    shards = manifest.split(split).shards
+    members = ((shard, number) for shard in shards for number in range(len(shard.members)))
+    return np.concatenate([read_member(manifest, *place, labels_only=True)["label"] for place in members])

@@ -376,3 +376,4 @@ _OPENERS: dict[str, Callable[[str, str | None], Extractor]] = {
     "inception": _open_inception,
     "module": _open_module,
 }
+KINDS = ("pixels", *_OPENERS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
@@ -94,7 +95,7 @@ class Summary:
         for name in ("sketch", "sharpness", "moments", "predictions"):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine is None:
-                setattr(self, name, theirs)
+                setattr(self, name, copy.deepcopy(theirs))
             elif theirs is not None:
                 mine.merge(theirs)
         self.labels = _added(self.labels, other.labels)
