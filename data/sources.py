@@ -149,8 +149,9 @@ def _divide(
         held = min(max(1, round(n * options.test_fraction)), n - 1)
         mixed = np.random.default_rng([options.seed, 0]).permutation(part.rows)
         if held:
-            parts[split] = replace(part, rows=np.sort(mixed[held:]))
-            parts["test"] = replace(part, rows=np.sort(mixed[:held]))
+            mixed[held:].sort()
+            mixed[:held].sort()
+            parts[split], parts["test"] = replace(part, rows=mixed[held:]), replace(part, rows=mixed[:held])
     for number, split in enumerate(sorted(parts)):
         rows = parts[split].rows
         rng = np.random.default_rng([options.seed, 1, number])
