@@ -367,6 +367,8 @@ def _compare(samples: list[str], given: dict[str, Any]) -> tuple[Comparison, dic
     with running(_looking(given), stages) as runner:
         with stages.stage("open samples"):
             sets = {name: open_set(name, _taking(given, given["split"])) for name in samples}
+            for name, opened in sets.items():
+                opened.name = name  # as the user calls it
             held = None
             if "memorisation" in options.scores.names:
                 held = held_out_of(given["reference"], known)
