@@ -75,7 +75,7 @@ class Study:
         for name, power in self.powers.items():
             cells = [_pm(rate, error) for rate, error in zip(power.rates, power.errors)]
             false = _pm(power.false_alarms, power.false_alarm_error)
-            rows.append([MEASURES[name].label, *cells, false, f"{power.nominal:.3f}"])
+            rows.append([MEASURES[name].label, *cells, false, f"{power.nominal:.3g}"])
         facts = self.protocol
         note = (
             f"Share of sets that raise an alarm, over {self.plan.splits} splits and {len(self.classes)} classes; ±: "
@@ -110,14 +110,17 @@ class Study:
             UserError: the folder cannot be written.
         """
         picture = self.figure()
-        column = int(np.argmax(self.plan.keep))
-        best = max(self.powers, key=lambda name: self.powers[name].rates[column])
+        # One share alone may favour a score whose threshold was lucky.
+        best = max(self.powers, key=lambda name: sum(self.powers[name].rates))
         power = self.powers[best]
+        rates = ", ".join(
+            f"{_pm(*pair)} where {100 * share:.3g} % are kept"
+            for share, *pair in zip(self.plan.keep, power.rates, power.errors)
+        )
         lead = (
-            f"One class of {self.protocol['reference']} after the other is thinned, in {self.plan.splits} random "
-            f"splits into reference and samples. With {100 * self.plan.keep[column]:.3g} % of a class kept, the score "
-            f"that notices most often is {MEASURES[best].label}: {_pm(power.rates[column], power.errors[column])}, "
-            f"at {power.false_alarms:.3f} false alarms."
+            f"One class of {self.protocol['reference']} after the other is removed or thinned, in {self.plan.splits} "
+            f"random splits into reference and samples. The score that notices most often is {MEASURES[best].label}: "
+            f"{rates}; untouched samples alarm it at a rate of {power.false_alarms:.2f}."
         )
         caption = (
             "A steep curve notices early. Left: untouched samples, where every alarm is false. Standard errors are in "
@@ -285,7 +288,7 @@ def _classes(partitions: Partitions, labels: np.ndarray, wanted: Sequence[str]) 
 
 
 def _pm(rate: float, error: float) -> str:
-    return f"{rate:.3f} ± {error:.3f}"
+    return f"{rate:.2f} ± {error:.2f}"
 
 
 def _told(value: Any) -> Any:
