@@ -14,8 +14,8 @@ from filelock import FileLock
 
 from data import storage
 from data.errors import UserError
-from eval import ndb
 from eval.comparison import Row
+from eval.metrics import ndb
 
 _FORMAT = 1
 

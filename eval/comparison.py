@@ -18,8 +18,8 @@ from eval.drawn import Density, DrawnPartitions
 from eval.evaluate import Evaluation, Rule, evaluate_counts
 from eval.gallery import bins_gallery
 from eval.likelihood import LogLikelihood, summarise
-from eval.manifold import Memorisation, compare_distances
 from eval.measure import local_pass
+from eval.metrics.manifold import Memorisation, compare_distances
 from eval.observed import Digest, Extent, Nearest, Pass, Sketch
 from eval.reference import Reference, bin_members, fit_reference
 from eval.report import ReportFigure, ReportSection, ReportTable

@@ -11,13 +11,13 @@ import numpy as np
 
 from data.errors import UserError
 from eval.canvas import is_image
-from eval.kernel import kernel_distance
-from eval.manifold import Memorisation, manifold_scores
-from eval.moments import MAX_FEATURES, Moments, frechet_distance, frechet_standard_error
+from eval.metrics.kernel import kernel_distance
+from eval.metrics.manifold import Memorisation, manifold_scores
+from eval.metrics.moments import MAX_FEATURES, Moments, frechet_distance, frechet_standard_error
+from eval.metrics.predictions import Predictions
+from eval.metrics.sharpness import Sharpness
+from eval.metrics.transport import sinkhorn_divergence, sliced_wasserstein
 from eval.observed import Observed, Sketch
-from eval.predictions import Predictions
-from eval.sharpness import Sharpness
-from eval.transport import sinkhorn_divergence, sliced_wasserstein
 
 SCORES = ("fid", "kid", "manifold", "transport", "sharpness", "classes", "memorisation")
 _PAIRWISE = {"fid", "kid", "manifold", "transport"}

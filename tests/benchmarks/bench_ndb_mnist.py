@@ -24,7 +24,7 @@ from mnist_files import blocks
 from data.pixels import scale
 from eval.arrays import bins_of, labels_of
 from eval.bins import Bins, BinSettings
-from eval.ndb import NDBResult, score
+from eval.metrics.ndb import NDBResult, score
 
 RULES = {"z > 3": {"z_threshold": 3.0}, "z > 4": {"z_threshold": 4.0}, "p < 0.05": {"significance": 0.05}}
 

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from scipy import linalg
 
-from eval.kernel import kernel_distance
-from eval.manifold import manifold_scores, memorisation
-from eval.moments import Moments, frechet_distance, frechet_standard_error
-from eval.predictions import Predictions
-from eval.sharpness import Sharpness
-from eval.transport import sinkhorn_divergence, sliced_wasserstein
+from eval.metrics.kernel import kernel_distance
+from eval.metrics.manifold import manifold_scores, memorisation
+from eval.metrics.moments import Moments, frechet_distance, frechet_standard_error
+from eval.metrics.predictions import Predictions
+from eval.metrics.sharpness import Sharpness
+from eval.metrics.transport import sinkhorn_divergence, sliced_wasserstein
 
 N = 10_000
 

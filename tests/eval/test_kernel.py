@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from eval.kernel import kernel_distance
+from eval.metrics.kernel import kernel_distance
 
 
 def test_kid_of_real_images_equals_torchmetrics(digits, compare):

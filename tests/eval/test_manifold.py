@@ -7,8 +7,8 @@ import pytest
 from scipy import stats
 from scipy.spatial.distance import cdist
 
-from eval import manifold
-from eval.manifold import manifold_scores, memorisation, nearest_neighbours
+from eval.metrics import manifold
+from eval.metrics.manifold import manifold_scores, memorisation, nearest_neighbours
 
 NAMES = ("precision", "recall", "density", "coverage")
 

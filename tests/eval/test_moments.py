@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from eval.moments import Moments, frechet_distance, frechet_standard_error
+from eval.metrics.moments import Moments, frechet_distance, frechet_standard_error
 
 
 def moments(*parts):

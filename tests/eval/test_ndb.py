@@ -8,8 +8,8 @@ import pytest
 from scipy import stats
 from scipy.spatial.distance import jensenshannon
 
-from eval.ndb import js_divergence, score, two_proportion_z
-from eval.resampling import flagged_bins, intervals, js_of_counts
+from eval.metrics.ndb import js_divergence, score, two_proportion_z
+from eval.metrics.resampling import flagged_bins, intervals, js_of_counts
 
 
 def plain_ndb(reference_labels, sample_labels, n_bins, threshold):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import stats
 
-from eval.predictions import Predictions
+from eval.metrics.predictions import Predictions
 
 
 def predicted(p, splits=10, ids=None):

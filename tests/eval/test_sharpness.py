@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from eval.sharpness import Sharpness, sharpness
+from eval.metrics.sharpness import Sharpness, sharpness
 
 
 def one_by_one(images, sigma):

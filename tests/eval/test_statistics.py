@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from eval.moments import Moments
-from eval.predictions import Predictions
-from eval.sharpness import Sharpness
+from eval.metrics.moments import Moments
+from eval.metrics.predictions import Predictions
+from eval.metrics.sharpness import Sharpness
 
 
 def moments():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from eval.transport import sinkhorn_divergence, sliced_wasserstein
+from eval.metrics.transport import sinkhorn_divergence, sliced_wasserstein
 
 
 def directions(projections, d, seed):

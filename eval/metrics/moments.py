@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from scipy.linalg import lapack
 
-from eval import checks
+from eval.metrics import checks
 
 MAX_FEATURES = 8192
 _BLOCK_ROWS = 4096

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-from eval import checks
+from eval.metrics import checks
 
 DEFAULT_NEIGHBOURS = 5
 _BLOCK_ROWS, _BLOCK_COLUMNS = 1024, 4096

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from eval import checks
+from eval.metrics import checks
 
 MAX_PAIRS = 4 * 10**8
 # A block of the cost matrix and its exponentials stay in the cache over the passes of one iteration.

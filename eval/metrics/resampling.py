@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eval.bin_tests import exact_test, needs_exact, z_statistic
+from eval.metrics.bin_tests import exact_test, needs_exact, z_statistic
 
 # Replicates for few bins; for many, as many as keep the work at so many draws of a bin. The floor needs fewer.
 _MOST_REPLICATES, _MOST_FLOOR_DRAWS, _DRAWS = 1000, 499, 1_000_000
@@ -45,7 +45,7 @@ def replicates_for(bins: int) -> int:
 
 
 def js_of_counts(reference: np.ndarray, samples: np.ndarray) -> np.ndarray:
-    """JS divergence (nats) `[...]` of counts `[..., K]` (see `eval.ndb.js_divergence`)."""
+    """JS divergence (nats) `[...]` of counts `[..., K]` (see `eval.metrics.ndb.js_divergence`)."""
     p = reference / reference.sum(-1, keepdims=True)
     q = samples / samples.sum(-1, keepdims=True)
     middle = np.maximum((p + q) / 2, _TINY)

@@ -15,7 +15,7 @@ from typing import Any, Self
 import numpy as np
 from scipy.special import rel_entr, xlogy
 
-from eval import checks
+from eval.metrics import checks
 
 # How far probabilities in half precision may miss their range and their sum.
 _TOLERANCE = 2e-3
