@@ -1,8 +1,8 @@
 """Planted collapse: sample sets in which one class is thinned, and every score of all of them against one reference.
 
 What the sets of a split share is computed once: bins and the bin of every sample, moments and projections, distances
-and kernels of all pairs. Each set is then a mask. The scores are those of `eval.metrics`, up to rounding; KID is over one
-subset, the whole subsample.
+and kernels of all pairs. Each set is then a mask. The scores are those of `eval.metrics`, up to rounding; KID is over
+one subset, the whole subsample.
 """
 
 from __future__ import annotations

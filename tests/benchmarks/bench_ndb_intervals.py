@@ -3,8 +3,8 @@
 Per situation the truth is known: the mean over 4000 pairs of sets. "plain" draws again from the observed proportions
 and takes percentiles; "factor" first shrinks all differences by one factor s, s^2 = max(0, 1 - 1 / mean(z^2)), and
 takes percentiles; "ours" is `eval.metrics.resampling.intervals`. Coverage has a standard error of
-sqrt(0.05 * 0.95 / pairs), 1.3 % with 300 pairs (the default; the argument). `sd` is the score's true standard deviation, the others the mean of
-what each method's interval says (width / 3.92).
+sqrt(0.05 * 0.95 / pairs), 1.3 % with 300 pairs (the default; the argument). `sd` is the score's true standard
+deviation, the others the mean of what each method's interval says (width / 3.92).
 """
 
 from __future__ import annotations
