@@ -381,6 +381,7 @@ def _compare(samples: list[str], given: dict[str, Any]) -> tuple[Comparison, dic
             scores=options.scores,
             held_out=held,
             store=None if given["store"] is None else storage.check_url(given["store"]),
+            extras={name: given[name] for name in ("split", "reference_split", "size", "grey")},
         )
         _export(runner, comparison, given.get("per_sample"), given.get("export_missing"))
     return comparison, {name: round(value, 3) for name, value in stages.seconds.items()}

@@ -49,4 +49,7 @@ def open_extractor(spec: str, tracking_uri: str | None = None) -> Extractor:
         found = network.features(torch.from_numpy(x).flatten(1).to(device))
         return found, network.head(found)
 
-    return Extractor(name, f"classifier:{whole}#sha256={digest}", digest, function, n_features=network.n_hidden)
+    accuracy = opened.test_accuracy
+    note = "test accuracy unknown" if accuracy is None else f"test accuracy {accuracy:.2%}"
+    spec = f"classifier:{whole}#sha256={digest}"
+    return Extractor(name, spec, digest, function, n_features=network.n_hidden, note=note)

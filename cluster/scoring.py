@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -216,12 +216,22 @@ def score_sets(
     scores: ScoreSettings,
     held_out: Partitions | None = None,
     store: str | None = None,
+    extras: Mapping[str, Any] | None = None,
 ) -> Comparison:
     """Judges sets by a reference, each in one pass (and one more over the reference, where copies are searched).
 
     Raises:
         UserError: samples that do not fit the reference, or fewer samples than bins.
     """
+    view = runner.view()
+    classifier = view.classifier or view.features
+    facts = {
+        "pairs_subsample": scores.subsample,
+        "scores_seed": scores.seed,
+        **(extras or {}),
+        **({} if classifier is None else {"classifier": f"{classifier.name}, {classifier.note}".rstrip(", ")}),
+        **({} if classifier is None else {"classifier_fingerprint": classifier.fingerprint}),
+    }
     rows = []
     for name, samples in sets.items():
         with runner.stages.stage(f"score {name}"[:22], unit="samples") as advance:
@@ -234,6 +244,7 @@ def score_sets(
                     over_reference=None if partitions is None else runner.over(partitions, advance),
                     held_out=None if held_out is None else (held_out, runner.over(held_out, advance)),
                     stored=store is not None,
+                    extras=facts,
                 )
             )
     return Comparison(reference, rows)

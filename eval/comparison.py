@@ -337,6 +337,9 @@ def scores_table(comparison: Comparison) -> ReportTable | None:
         values = [next((str(each) for each in row.scores if each.name == name), "–") for row in comparison.rows]
         cells.append([name, score.better, *values, score.protocol])
     note = f"Features: {comparison.reference.space.name}. ±: one standard error, where nothing else is said."
+    classifier = comparison.rows[0].evaluation.protocol.get("classifier")
+    if classifier:
+        note += f" Classes: {classifier}."
     return ReportTable("Other scores", columns, cells, note)
 
 
