@@ -178,7 +178,7 @@ def score(
 ) -> None:
     """Log-likelihood of samples under one or more models, in nats and bits per dimension."""
     from cluster import questions
-    from cluster.models import open_model
+    from cluster.models import open_mixture
     from cluster.progress import Stages
     from data.storage import publish
     from eval.mixture_figures import likelihood_by_components
@@ -192,7 +192,7 @@ def score(
     with Stages(quiet=as_json).stage("score", total=len(models), unit="models") as advance:
         for done, name in enumerate(models):
             advance(done, text=name)
-            model = open_model(name, tracking_uri)
+            model = open_mixture(name, tracking_uri)
             summary, values, components = questions.score(model, data, split=split, seed=seed)
             opened.append((Path(name).name, model))
             k, bits = model.model.n_components, summary.bits_per_dimension
@@ -228,9 +228,9 @@ def outliers(
 ) -> None:
     """Finds the least likely samples, as a picture and a CSV."""
     from cluster import questions
-    from cluster.models import open_model
+    from cluster.models import open_mixture
 
-    found = questions.find_outliers(open_model(model, tracking_uri), data, out, n=n, split=split, seed=seed)
+    found = questions.find_outliers(open_mixture(model, tracking_uri), data, out, n=n, split=split, seed=seed)
     table = Table("rank", "index", "log-likelihood", "component", "label", box=None, pad_edge=False)
     for rank, entry in enumerate(found[:10], 1):
         label = "–" if entry["label"] is None else str(entry["label"])
@@ -256,13 +256,13 @@ def inpaint(
     import numpy as np
 
     from cluster import questions
-    from cluster.models import open_model
+    from cluster.models import open_mixture
     from data.storage import publish
 
     if Path(out).suffix not in (".png", ".npz"):
         raise UserError(f"--out {out}: give a file that ends in .png or .npz")
     questions.check_places(Path(out))
-    opened = open_model(model, tracking_uri)
+    opened = open_mixture(model, tracking_uri)
     found = questions.complete(opened, data, hide=hide, n=n, draws=draws, split=split, seed=seed)
     with publish(out) as handle:
         if out.endswith(".npz"):
@@ -284,16 +284,17 @@ def traverse(
 ) -> None:
     """Shows what a mixture has learnt: components, a grid over two factors, and an animated walk."""
     from cluster import questions
-    from cluster.models import open_model
+    from cluster.models import open_mixture
 
     written = questions.traverse(
-        open_model(model, tracking_uri), out, component=component, factors=factors, seed=seed
+        open_mixture(model, tracking_uri), out, component=component, factors=factors, seed=seed
     )
     for name in written:
         out_console.print(str(Path(out) / name), highlight=False)
 
 
-for command in (cli_scores.evaluate, cli_scores.compare, cli_scores.reference, cli_scores.study):
+_JUDGING = (cli_scores.evaluate, cli_scores.compare, cli_scores.reference, cli_scores.watch, cli_scores.study)
+for command in _JUDGING:
     app.command()(command)
 
 

@@ -15,6 +15,7 @@ from data.errors import UserError
 from data.limits import MAX_DRAWN, MAX_SEED, MAX_SIDE
 
 if TYPE_CHECKING:
+    from cluster.scoring import Runner
     from eval.comparison import Comparison
 
 PLACES = "shards, a folder of images, a .npy/.npz file, models:/NAME@ALIAS or a run"
@@ -48,7 +49,8 @@ HELD_OUT = typer.Option(
 WORKERS = typer.Option(None, "--workers", min=1, help="share the passes among so many Ray workers")
 GPUS = typer.Option(0.0, "--gpus-per-task", min=0, help="GPUs that a Ray task reserves")
 JSON = typer.Option(False, "--json", help="print one JSON object and nothing else")
-REPORT = typer.Option(None, "--report", help="also write an HTML report to this file")
+REPORT = typer.Option(None, "--report", help="write an HTML report to this file, and a JSON file beside it")
+STORE = typer.Option(None, "--store", help="folder that keeps statistics: only new data is read next time")
 
 
 def evaluate(
@@ -75,6 +77,9 @@ def evaluate(
     workers: int = WORKERS,
     ray_address: str = RAY,
     gpus_per_task: float = GPUS,
+    per_sample: str = typer.Option(None, "--per-sample", help="folder for Parquet files: bin and distance"),
+    export_missing: str = typer.Option(None, "--export-missing", help="folder for REF's samples of the missing bins"),
+    store: str = STORE,
     as_json: bool = JSON,
     report: str = REPORT,
     tracking_uri: str = TRACKING,
@@ -132,6 +137,7 @@ def compare(
     workers: int = WORKERS,
     ray_address: str = RAY,
     gpus_per_task: float = GPUS,
+    store: str = STORE,
     as_json: bool = JSON,
     report: str = REPORT,
     tracking_uri: str = TRACKING,
@@ -195,6 +201,52 @@ def reference(
     for each in fitted.bins:
         print_fields(bins=f"{len(each.counts)} over {each.n_reference:,} samples, fingerprint {each.fingerprint}")
     print_fields(reference=place)
+
+
+def watch(
+    samples: str = typer.Argument(help=PLACES),
+    reference: str = typer.Option(..., "--reference", help="what `reference` left"),
+    history: str = typer.Option(..., "--history", help="file to which the batch is appended, one JSON object a line"),
+    max_ndb: int = typer.Option(0, "--max-ndb", min=0, help="bins that may be flagged after Holm's correction"),
+    max_js: float = typer.Option(None, "--max-js", min=0, help="JS (nats) that may be reached; default: chance's 95 %"),
+    significance: float = P,
+    features: str = FEATURES,
+    classifier: str = CLASSIFIER,
+    split: str = SPLIT,
+    size: int = SIZE,
+    grey: bool = GREY,
+    seed: int = SEED,
+    n: int = N,
+    workers: int = WORKERS,
+    ray_address: str = RAY,
+    gpus_per_task: float = GPUS,
+    as_json: bool = JSON,
+    tracking_uri: str = TRACKING,
+) -> None:
+    """Watches for drift: scores a new batch by a fitted reference; exit code 3 where a threshold is passed."""
+    from cluster.scoring import is_reference
+    from cluster.watch import Thresholds, record
+
+    if not is_reference(reference):
+        raise UserError(f"{reference}: no fitted reference there: make one with `manymodes reference`")
+    given = {
+        **dict(locals()), "bins": "100", "scores": "none", "z_threshold": None, "held_out": None, "store": None,
+        "reference_split": "train", "max_samples": None, "max_dimensions": None, "n_init": 1, "whiten": False,
+        "subsample": 10,
+    }  # fmt: skip
+    comparison, _ = _compare([samples], given)
+    _warn(comparison)
+    batch, together = record(comparison.rows[0], Thresholds(max_ndb, max_js), history)
+    if as_json:
+        print(json.dumps({"batch": batch, "all": together}))
+    else:
+        table = Table("", "samples", "NDB (Holm)", "limit", "JS (nats)", "limit", "drift", box=None, pad_edge=False)
+        for name, found in (("this batch", batch), (f"all {together['batches']} batches", together)):
+            limits = (str(found["ndb_limit"]), f"{found['js']:.5f}", f"{found['js_limit']:.5f}")
+            table.add_row(name, f"{found['n']:,}", str(found["ndb_holm"]), *limits, "yes" if found["drift"] else "no")
+        out_console.print(table)
+    if batch["drift"]:
+        raise typer.Exit(3)
 
 
 def study(
@@ -303,6 +355,7 @@ def _numbers_of_bins(text: str) -> list[int]:
 def _compare(samples: list[str], given: dict[str, Any]) -> tuple[Comparison, dict[str, float]]:
     from cluster.progress import Stages
     from cluster.scoring import held_out_of, open_set, reference_of, running, score_sets
+    from data import storage
     from eval.evaluate import Rule
 
     if given["z_threshold"] is not None and given["significance"] is not None:
@@ -314,6 +367,8 @@ def _compare(samples: list[str], given: dict[str, Any]) -> tuple[Comparison, dic
     with running(_looking(given), stages) as runner:
         with stages.stage("open samples"):
             sets = {name: open_set(name, _taking(given, given["split"])) for name in samples}
+            for name, opened in sets.items():
+                opened.name = name  # as the user calls it
             held = None
             if "memorisation" in options.scores.names:
                 held = held_out_of(given["reference"], known)
@@ -321,9 +376,29 @@ def _compare(samples: list[str], given: dict[str, Any]) -> tuple[Comparison, dic
                     held = open_set(given["held_out"], _taking(given, given["split"]))
         fitted, partitions = reference_of(runner, given["reference"], known, options)
         comparison = score_sets(
-            runner, sets, fitted, partitions, rule=rule, scores=options.scores, held_out=held
+            *(runner, sets, fitted, partitions),
+            rule=rule,
+            scores=options.scores,
+            held_out=held,
+            store=None if given["store"] is None else storage.check_url(given["store"]),
+            extras={name: given[name] for name in ("split", "reference_split", "size", "grey")},
         )
+        _export(runner, comparison, given.get("per_sample"), given.get("export_missing"))
     return comparison, {name: round(value, 3) for name, value in stages.seconds.items()}
+
+
+def _export(runner: Runner, comparison: Comparison, per_sample: str | None, export: str | None) -> None:
+    from cluster.exports import export_missing, neighbours_of, write_per_sample
+
+    row, known = comparison.rows[0], comparison.reference
+    if per_sample:
+        write_per_sample(runner, row.samples, known.bins[0], neighbours_of(known), per_sample)
+    if export:
+        result = row.evaluation.result
+        missing = [int(k) for k in result.by_evidence() if result.flagged[k] and result.direction(int(k)) == "missing"]
+        n, place = export_missing(runner, known, missing, export)
+        if not runner.stages.quiet:
+            print_fields(exported=f"{n:,} samples of {len(missing)} missing bins in {place}")
 
 
 def _warn(comparison: Comparison) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +22,16 @@ from data.shards import pack
 from data.sources import Source, open_source
 from trainer import tracking
 from trainer.checkpoint import load_model
-from trainer.settings import TRAIN_SPLIT, TrainingSettings
+from trainer.settings import TrainingSettings
 from trainer.tracking import SubMixtureRuns
 
 
 @dataclass
 class Trained:
-    """What training leaves: where it happened, the packed data, and the root's closing metrics."""
+    """What training leaves: where it happened, the packed data, the model (and the root of a hierarchy).
+
+    `root` are the closing metrics of the root, or of the model where there is no hierarchy.
+    """
 
     folder: Path
     job: Job
@@ -84,7 +87,8 @@ def trained_model(
         tracking.log_dataset(uri, run_id, name=manifest.name, source=manifest.base, fingerprint=manifest.fingerprint)
         work = job.work(folder)
         place = storage.join(work, "root")
-        root = _train_on_workers("train root mixture", recipe, manifest, recipe.training, place, job, uri, stages)
+        name = f"train {recipe.model.noun}"
+        root = _train_on_workers(name, recipe, manifest, recipe.training, place, job, uri, stages)
         root_model = storage.join(place, "model")
         final = _split(recipe, manifest, work, job, uri, stages) if recipe.hierarchy else root_model
         yield Trained(folder, job, uri, manifest, root, root_model, final, stages)
@@ -108,22 +112,17 @@ def train_job(recipe: Recipe, out: str, *, ray_address: str | None = None, quiet
         }
 
 
-def publish_model(recipe: Recipe, trained: Trained) -> None:
-    """Leaves the final model in `out`/model."""
+def publish_model(recipe: Recipe, trained: Trained, scores: Mapping[str, float] | None = None) -> None:
+    """Leaves the final model in `out`/model, with what it reached on test data."""
     target = str(trained.folder / "model")
     model, _ = load_model(trained.model)
-    save_trained(target, model, recipe, trained.manifest)
+    save_trained(target, model, recipe, trained.manifest, scores)
 
 
 def _can_be_trained(recipe: Recipe, manifest: Manifest) -> None:
     """Refuses, before Ray starts, data that the workers would refuse."""
     augment.check(recipe.training.augment, tuple(manifest.shape))
-    n = min(manifest.n_samples(TRAIN_SPLIT), recipe.initialisation.max_samples)
-    if n < recipe.model.n_components:
-        raise UserError(
-            f"a mixture of {recipe.model.n_components} components cannot start from {n} samples: lower "
-            "model.n_components, or give more samples"
-        )
+    recipe.model.check(manifest, recipe.initialisation)
 
 
 def _packed(recipe: Recipe, folder: Path, advance: Any) -> Manifest:

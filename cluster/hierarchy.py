@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -103,7 +103,7 @@ def _route_part(
     for k, blocks in routed.items():
         merged = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
         url = storage.join(component_folder(folder, k), f"{TRAIN_SPLIT}-{part:06d}.tar")
-        record = write_shard(url, [merged], rows_per_block=recipe.data.rows_per_block)
+        record = write_shard(url, [merged], rows_per_block=recipe.data.rows_per_block, n_samples=len(merged["x"]))
         records[k] = record.model_dump(mode="json")
     return part, records
 
@@ -144,10 +144,12 @@ def train_sub_mixtures(
     return results
 
 
-def save_trained(folder: str, model: MFA, recipe: Recipe, manifest: Manifest) -> None:
-    """Stores a model of this recipe, trained on this data."""
+def save_trained(
+    folder: str, model: Any, recipe: Recipe, manifest: Manifest, scores: Mapping[str, float] | None = None
+) -> None:
+    """Stores a model of this recipe, trained on this data, perhaps with what it reached on test data."""
     dequantised = recipe.training.dequantises(manifest.levels)
-    save_model(folder, model, recipe.model.family, manifest, dequantised=dequantised)
+    save_model(folder, model, recipe.model.family, manifest, dequantised=dequantised, scores=scores)
 
 
 def sub_components(samples: int, recipe: Recipe) -> int:

@@ -16,23 +16,31 @@ class LocalModel:
     """A model in a folder, NumPy in and NumPy out, in batches.
 
     `data` says what it was trained on: name, shape, levels (None where it is no density of dequantised pixels),
-    fingerprint.
+    fingerprint. What the model cannot do is refused in one line.
 
     Raises:
         UserError: the folder holds no model, or a damaged one.
     """
 
     def __init__(self, folder: str, batch: int = 1024) -> None:
-        self.model, document = load_model(folder)
-        self.data: dict[str, Any] = document["data"]
-        self.batch = batch
+        self.model, self.document = load_model(folder)
+        self.folder, self.data, self.batch = folder, dict[str, Any](self.document["data"]), batch
+
+    def require(self, ability: str) -> None:
+        """Raises UserError unless the model has the method `ability`."""
+        if not hasattr(self.model, ability):
+            raise UserError(
+                f"the model of {self.data['name']} is of the family {self.document['family']}, which has no {ability}: "
+                "give a density, such as a mixture"
+            )
 
     def sample(self, n: int, seed: int) -> np.ndarray:
         """n samples [n, *shape]; the same for the same seed.
 
         Raises:
-            UserError: some are not finite, as the model's parameters are out of all bounds.
+            UserError: some are not finite, as the model's parameters are out of all bounds; or it draws none.
         """
+        self.require("sample")
         samples = self.model.sample(n, torch.Generator().manual_seed(seed)).numpy()
         if not np.isfinite(samples).all():
             raise UserError(f"the model of {self.data['name']} draws NaN or infinite values: train it again")
@@ -40,14 +48,42 @@ class LocalModel:
 
     def component_log_prob(self, x: np.ndarray) -> np.ndarray:
         """log π_k p(x | k) in nats, [n, n_components]."""
-        flat = torch.from_numpy(np.ascontiguousarray(x, np.float32)).flatten(1)
-        with torch.inference_mode():
-            parts = [self.model.component_log_prob(part) for part in flat.split(self.batch)]
-        return torch.cat(parts).double().numpy()
+        self.require("component_log_prob")
+        return self._over_batches(self.model.component_log_prob, x).double().numpy()
 
     def log_prob(self, x: np.ndarray) -> np.ndarray:
         """log p(x) in nats, [n]."""
-        return np.logaddexp.reduce(self.component_log_prob(x), axis=1)
+        if hasattr(self.model, "component_log_prob"):
+            return np.logaddexp.reduce(self.component_log_prob(x), axis=1)
+        self.require("log_prob")
+        return self._over_batches(self.model.log_prob, x).double().numpy()
+
+    def _over_batches(self, function: Any, x: np.ndarray) -> torch.Tensor:
+        flat = torch.from_numpy(np.ascontiguousarray(x, np.float32)).flatten(1)
+        with torch.inference_mode():
+            return torch.cat([function(part) for part in flat.split(self.batch)])
+
+
+class LocalClassifier(LocalModel):
+    """A classifier in a folder. Samples x are [n, *shape]: images in [0, 1], other values as they were in training."""
+
+    def log_probabilities(self, x: np.ndarray) -> np.ndarray:
+        """log p(class | x) in nats, [n, C] float64."""
+        return self._over_batches(self.model, x).double().log_softmax(1).numpy()
+
+    def probabilities(self, x: np.ndarray) -> np.ndarray:
+        """p(class | x), [n, C] float32."""
+        return np.exp(self.log_probabilities(x)).astype(np.float32)
+
+    def features(self, x: np.ndarray) -> np.ndarray:
+        """Activations of the last hidden layer, [n, d] float32."""
+        return self._over_batches(self.model.features, x).numpy()
+
+    @property
+    def test_accuracy(self) -> float | None:
+        """Of the job that trained it; None where that did not judge it (`manymodes train`)."""
+        found = (self.document.get("scores") or {}).get("test_accuracy")
+        return None if found is None else float(found)
 
 
 def model_folder(place: str) -> str | None:
@@ -61,6 +97,9 @@ def model_folder(place: str) -> str | None:
 def open_model(place: str, tracking_uri: str | None = None) -> LocalModel:
     """Opens `models:/...` from the registry, or a model's folder or the folder of the run that made it.
 
+    Returns:
+        A `LocalClassifier` where the model gives class probabilities.
+
     Raises:
         UserError: nothing there that can be loaded.
     """
@@ -68,8 +107,33 @@ def open_model(place: str, tracking_uri: str | None = None) -> LocalModel:
         from deploy.registry import fetch_model
         from trainer.tracking import resolve_uri
 
-        return LocalModel(fetch_model(place, resolve_uri(tracking_uri)))
-    folder = model_folder(place)
+        folder: str | None = fetch_model(place, resolve_uri(tracking_uri))
+    else:
+        folder = model_folder(place)
     if folder is None:
         raise UserError(f"{place}: no model there; give models:/NAME@ALIAS or the --out folder of a finished run")
-    return LocalModel(folder)
+    opened = LocalModel(folder)
+    return LocalClassifier(folder) if hasattr(opened.model, "probabilities") else opened
+
+
+def open_mixture(place: str, tracking_uri: str | None = None) -> LocalModel:
+    """`open_model`, for what is asked of a mixture's components.
+
+    Raises:
+        UserError: no model there, or another one than a mixture.
+    """
+    opened = open_model(place, tracking_uri)
+    opened.require("component_log_prob")
+    return opened
+
+
+def open_classifier(place: str, tracking_uri: str | None = None) -> LocalClassifier:
+    """`open_model`, for class probabilities.
+
+    Raises:
+        UserError: no model there, or one that is no classifier.
+    """
+    opened = open_model(place, tracking_uri)
+    if not isinstance(opened, LocalClassifier):
+        raise UserError(f"{place}: a model of the family {opened.document['family']} is no classifier: give one")
+    return opened

@@ -4,32 +4,19 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from types import ModuleType
 from typing import Any
 
-import numpy as np
-
+from cluster import classification, coverage
 from cluster.fitting import Trained, publish_model, trained_model
-from cluster.models import LocalModel
-from cluster.progress import console
 from cluster.recipe import Recipe
+from cluster.verdict import Verdict
 from data import storage
-from data.errors import UserError
-from data.manifest import Manifest
-from data.partitions import PackPartitions
-from data.stream import read_blocks
 from deploy.registry import Registered, register_model
 from eval import figures
-from eval.baselines import fit_gaussian_mixture
-from eval.comparison import Comparison, JudgedData, compare, report_sections
-from eval.drawn import Density
-from eval.evaluate import Rule
 from eval.report import ReportFigure, ReportSection, ReportTable, render_report
-from eval.scores import ScoreSettings
 from trainer import tracking
-from trainer.checkpoint import load_model
-from trainer.settings import TRAIN_SPLIT
-
-TEST_SPLIT = "test"
+from trainer.checkpoint import model_class
 
 
 def run_job(
@@ -47,91 +34,30 @@ def run_job(
     Raises:
         UserError: anything that the user can mend; the run is then marked as failed in MLflow.
     """
+    judging = _judging(recipe)
     with trained_model(
-        recipe, out, ray_address, quiet=quiet, began=began, check=lambda manifest: _can_be_judged(recipe, manifest)
+        recipe,
+        out,
+        ray_address,
+        quiet=quiet,
+        began=began,
+        check=lambda manifest: judging.can_be_judged(recipe, manifest),
     ) as trained:
         stages = trained.stages
-        with stages.stage("evaluate", unit="models") as advance:
-            comparison, name = _evaluate(recipe, trained, advance)
-        publish_model(recipe, trained)
-        comparison.reference.save(str(trained.folder / "reference"))
-        metrics = _metrics(comparison, name)
+        with stages.stage("evaluate", unit=judging.UNIT) as advance:
+            verdict: Verdict = judging.judge(recipe, trained, advance)
+        publish_model(recipe, trained, verdict.metrics)
+        verdict.save(trained.folder)
         with stages.stage("register"):
-            registered = _register(recipe, trained, metrics)
+            registered = _register(recipe, trained, verdict.metrics)
         with stages.stage("report"):
-            _write_report(recipe, trained, comparison, name, registered)
-        return _summarise(recipe, trained, registered, metrics, comparison)
+            _write_report(recipe, trained, verdict, registered)
+        return _summarise(recipe, trained, registered, verdict)
 
 
-def _can_be_judged(recipe: Recipe, manifest: Manifest) -> None:
-    """Refuses, before training, data that the evaluation would refuse after it."""
-    for split in (TRAIN_SPLIT, TEST_SPLIT):
-        n, bins = manifest.n_samples(split), recipe.evaluation.bins
-        if min(n, bins.max_samples or n) < bins.n_bins:
-            raise UserError(
-                f"{manifest.name}: the {split} split has {n} samples for {bins.n_bins} bins: use more data, or lower "
-                "evaluation.bins.n_bins"
-            )
-
-
-def _evaluate(recipe: Recipe, trained: Trained, advance: Any) -> tuple[Comparison, str]:
-    """Judges baselines, root and final model; returns the comparison and the final model's name in it."""
-    settings, manifest = recipe.evaluation, trained.manifest
-    noise = settings.seed if recipe.training.dequantises(manifest.levels) else None
-    data = JudgedData(
-        PackPartitions(manifest, TRAIN_SPLIT),
-        PackPartitions(manifest, TEST_SPLIT),
-        "held-out data",
-        _rows(manifest, TEST_SPLIT, noise),
-        manifest.levels if noise is not None else None,
-    )
-    models: dict[str, Density] = {}
-    components = recipe.model.n_components
-    if settings.baselines:
-        train = _rows(manifest, TRAIN_SPLIT, noise).reshape(manifest.n_samples(TRAIN_SPLIT), -1)
-        if len(train) <= train.shape[1]:
-            console.print(
-                f"no full-covariance baselines: {len(train)} samples cannot determine a covariance of {train.shape[1]} "
-                "features"
-            )
-        for kind in settings.baselines if len(train) > train.shape[1] else ():
-            k = 1 if kind == "gaussian" else components
-            label = "single Gaussian, full covariance" if k == 1 else f"Gaussian mixture, full covariance, K={k}"
-            advance(0, text=f"fitting {label}")
-            models[label] = fit_gaussian_mixture(train, k, settings.seed)
-    models[f"root MFA, K={components}"] = LocalModel(trained.root_model)
-    name = next(reversed(models))
-    if recipe.hierarchy:
-        flat = LocalModel(trained.model)
-        name = f"hierarchical MFA, K={flat.model.n_components}"
-        models[name] = flat
-    comparison = compare(
-        data,
-        models,
-        settings.bins,
-        n_samples=settings.n_samples,
-        seed=settings.seed,
-        rule=Rule(settings.z_threshold, settings.significance),
-        scores=ScoreSettings(()),
-        on_model=lambda done, label: advance(done, total=len(models), text=label),
-    )
-    return comparison, name
-
-
-def _rows(manifest: Manifest, split: str, dequantise_seed: int | None) -> np.ndarray:
-    return np.concatenate([b["x"] for b in read_blocks(manifest, split, dequantise_seed=dequantise_seed)])
-
-
-def _metrics(comparison: Comparison, name: str) -> dict[str, float]:
-    row = comparison.row(name)
-    result, likelihood = row.evaluation.result, row.log_likelihood
-    metrics = {"ndb": float(result.ndb), "ndb_over_k": float(result.ndb_over_k), "js": float(result.js)}
-    if likelihood is not None:
-        metrics["test_log_likelihood"] = likelihood.mean
-        metrics["test_log_likelihood_se"] = likelihood.standard_error
-        if likelihood.bits_per_dimension is not None:
-            metrics["bits_per_dimension"] = likelihood.bits_per_dimension
-    return metrics
+def _judging(recipe: Recipe) -> ModuleType:
+    """How this recipe's model is judged: by what it can do."""
+    return coverage if hasattr(model_class(recipe.model.family), "sample") else classification
 
 
 def _register(recipe: Recipe, trained: Trained, metrics: dict[str, float]) -> Registered:
@@ -155,59 +81,34 @@ def _register(recipe: Recipe, trained: Trained, metrics: dict[str, float]) -> Re
     return registered
 
 
-def _model_sections(trained: Trained, recipe: Recipe) -> list[ReportSection]:
-    model, _ = load_model(trained.model)
-    shape, root = trained.manifest.shape, trained.root
-    loadings = model.factor_loadings.detach().numpy()
-    picture = figures.components(
-        model.means.detach().numpy().reshape(-1, *shape),
-        model.noise_variance.detach().sqrt().numpy().reshape(-1, *shape),
-        loadings.reshape(len(loadings), *shape, -1),
-        model.mixing_coefficients.detach().numpy(),
-    )
-    sections = [
-        ReportSection(
-            "Components",
-            "The components with the largest mixing coefficients: mean, noise, and the directions of the factors.",
-            [ReportFigure("Components", picture, "Mean μ, noise, and μ ± A for each factor.", "Component pictures")],
-        )
-    ]
-    if len(root["history"]) > 1:
-        steps, losses = zip(*root["history"])
-        unit = "step" if recipe.training.method == "sgd" else "pass over the data"
-        curve = figures.training_curve(
-            list(steps), list(losses), title="Root mixture", label="loss (nats per sample)", unit=unit
-        )
-        sections.append(
-            ReportSection("Training", "", [ReportFigure("Loss", curve, "Negative log-posterior per sample.", "Loss")])
-        )
-    return sections
-
-
-def _write_report(
-    recipe: Recipe, trained: Trained, comparison: Comparison, name: str, registered: Registered
-) -> None:
-    row = comparison.row(name)
-    held_out = comparison.rows[0]
-    sections = report_sections(comparison, row, (held_out.name, held_out.samples))
-    sections += _model_sections(trained, recipe)
+def _write_report(recipe: Recipe, trained: Trained, verdict: Verdict, registered: Registered) -> None:
     protocol = {
-        **row.evaluation.protocol,
+        **verdict.protocol,
         "model": registered.uri,
         "model_version": registered.version,
         "mlflow_run": trained.run_id,
     }
     seconds = [[stage, f"{value:.1f}"] for stage, value in trained.stages.seconds.items()]
     timing = ReportTable("Stages", ["stage", "seconds"], seconds)
-    result = row.evaluation.result
-    lead = f"{name}, trained on {comparison.reference.name}: {result.ndb} of {result.bins} bins differ from the data."
-    html = render_report(f"manymodes: {recipe.name}", comparison.table(), sections, protocol, timing, lead)
+    sections = verdict.sections() + _training_sections(recipe, trained)
+    html = render_report(f"manymodes: {recipe.name}", verdict.table, sections, protocol, timing, verdict.lead)
     storage.write_text(str(trained.folder / "report.html"), html)
 
 
-def _summarise(
-    recipe: Recipe, trained: Trained, registered: Registered, metrics: dict[str, float], comparison: Comparison
-) -> dict[str, Any]:
+def _training_sections(recipe: Recipe, trained: Trained) -> list[ReportSection]:
+    history = trained.root["history"]
+    if len(history) < 2:
+        return []
+    steps, losses = zip(*history)
+    unit = "step" if recipe.training.method == "sgd" else "pass over the data"
+    noun, loss = recipe.model.noun.capitalize(), recipe.model.loss.capitalize()
+    curve = figures.training_curve(
+        list(steps), list(losses), title=noun, label="loss (nats per sample)", unit=unit
+    )
+    return [ReportSection("Training", "", [ReportFigure("Loss", curve, f"{loss} per sample.", "Loss")])]
+
+
+def _summarise(recipe: Recipe, trained: Trained, registered: Registered, verdict: Verdict) -> dict[str, Any]:
     """Writes summary.json and records it with the report; the job is finished then."""
     folder, job, uri = trained.folder, trained.job, trained.uri
     summary = {
@@ -217,10 +118,8 @@ def _summarise(
         "model_version": registered.version,
         "mlflow_tracking_uri": uri,
         "mlflow_run_id": job.run_id,
-        "metrics": metrics,
-        "models": [
-            row.to_dict() for row in comparison.rows
-        ],
+        "metrics": verdict.metrics,
+        "models": verdict.models,
         "seconds": {name: round(value, 2) for name, value in trained.stages.seconds.items()},
         "report": str(folder / "report.html"),
     }
@@ -230,4 +129,4 @@ def _summarise(
     storage.write_text(str(folder / "summary.json"), text)
     job.finished = True
     job.save(folder)
-    return {**summary, "table": comparison.table()}
+    return {**summary, "table": verdict.table}

@@ -18,10 +18,10 @@ from data.errors import UserError, one_line
 from data.limits import MAX_DRAWN, MAX_SEED
 from data.sources import SourceOptions
 from eval.bins import BinSettings
+from trainer.families import FAMILIES, MFASettings, ModelSettings
 from trainer.settings import (
     EMSettings,
     InitialisationSettings,
-    ModelSettings,
     OptimiserSettings,
     Settings,
     TrainingSettings,
@@ -30,6 +30,8 @@ from trainer.settings import (
 _LARGEST_RECIPE = 1_000_000
 # Of the operating system; asking for a longer one is an error of its own.
 _LONGEST_PATH = 4000
+# What not every model family uses.
+_FAMILY_SECTIONS = ("initialisation", "hierarchy", "evaluation")
 
 
 class DataSettings(Settings):
@@ -39,7 +41,9 @@ class DataSettings(Settings):
         None, description="digits, mnist:F, svhn:F, images:F (a folder), or array:FILE.npy|npz; null takes `shards`"
     )
     shards: str | None = Field(None, description="folder or URL of the packed shards; null puts them below --out")
-    rows_per_block: int = Field(1000, ge=1, description="rows in one tar member; fewer where rows are large")
+    rows_per_block: int | None = Field(
+        None, ge=1, description="most rows in one tar member; null: 1000 small images, up to 16,384 small vectors"
+    )
     options: SourceOptions = Field(default_factory=lambda: SourceOptions())
 
     @model_validator(mode="after")
@@ -139,7 +143,7 @@ class Recipe(Settings):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the recipe, its runs and its model")
     summary: str = Field("", description="one line for `manymodes recipes`")
     data: DataSettings
-    model: ModelSettings = Field(default_factory=lambda: ModelSettings())
+    model: ModelSettings = Field(default_factory=lambda: MFASettings())
     initialisation: InitialisationSettings = Field(default_factory=lambda: InitialisationSettings())
     training: TrainingSettings = Field(default_factory=lambda: TrainingSettings())
     scaling: ScalingSettings = Field(default_factory=lambda: ScalingSettings())
@@ -147,6 +151,26 @@ class Recipe(Settings):
     evaluation: EvaluationSettings = Field(default_factory=lambda: EvaluationSettings())
     tracking: TrackingSettings = Field(default_factory=lambda: TrackingSettings())
     registry: RegistrySettings = Field(default_factory=lambda: RegistrySettings())
+
+    @model_validator(mode="after")
+    def _fits_the_family(self) -> Recipe:
+        model = self.model
+        if self.training.method not in model.methods:
+            raise ValueError(
+                f"training.method={self.training.method} is not for model.family={model.family}: set it to "
+                f"{' or '.join(model.methods)}"
+            )
+        if self.training.dequantise and not model.dequantises:
+            raise ValueError(
+                f"training.dequantise is for densities, a model of the family {model.family} takes pixels as they are: "
+                "set it to false"
+            )
+        for name in _FAMILY_SECTIONS:
+            if name not in model.sections and getattr(self, name) != Recipe.model_fields[name].get_default(
+                call_default_factory=True
+            ):
+                raise ValueError(f"{name} is not for model.family={model.family}: leave it out")
+        return self
 
     @model_validator(mode="after")
     def _batch_divides(self) -> Recipe:
@@ -283,6 +307,8 @@ def described(recipe: Recipe) -> str:
 def _describe(settings: BaseModel, indent: str, lines: list[str]) -> None:
     for name, field in type(settings).model_fields.items():
         value = getattr(settings, name)
+        if isinstance(settings, Recipe) and name in _FAMILY_SECTIONS and name not in settings.model.sections:
+            continue
         if isinstance(value, BaseModel):
             lines.append(f"{indent}{name}:")
             _describe(value, indent + "  ", lines)
@@ -313,10 +339,15 @@ def _explain(error: ValidationError, root: type[BaseModel] | None = None) -> lis
     messages = []
     for fault in error.errors():
         path = [str(part) for part in fault["loc"]]
-        where = ".".join(path)
+        # The choice of the family stands in the place of the fault, but not in the recipe.
+        where = ".".join(part for i, part in enumerate(path) if not (path[i - 1 : i] == ["model"] and part in FAMILIES))
         if fault["type"] == "extra_forbidden":
             fields = _fields_at(path[:-1], root or Recipe)
             messages.append(f"unknown field {where!r}{_nearest(path[-1], fields)} (fields there: {', '.join(fields)})")
+        elif fault["type"] == "unknown_family":
+            family = str(fault["input"].get("family") if isinstance(fault["input"], dict) else fault["input"])
+            hint = _nearest(family, FAMILIES)
+            messages.append(f"model.family: choose one of {', '.join(FAMILIES)}, got {family!r}{hint}")
         elif fault["type"] == "missing":
             messages.append(f"{where!r} is missing")
         else:
@@ -329,9 +360,12 @@ def _explain(error: ValidationError, root: type[BaseModel] | None = None) -> lis
 def _fields_at(path: Sequence[str], place: type[BaseModel]) -> list[str]:
     """The known field names at a dotted place below a settings class."""
     for part in path:
+        if part not in place.model_fields:  # the family that `model` was read as
+            place = FAMILIES[part]
+            continue
         annotation = place.model_fields[part].annotation
-        choices = [annotation, *get_args(annotation)]
-        place = next(c for c in choices if isinstance(c, type) and issubclass(c, BaseModel))
+        choices = [c for c in (annotation, *get_args(annotation)) if isinstance(c, type) and issubclass(c, BaseModel)]
+        place = choices[0] if choices else place
     return list(place.model_fields)
 
 

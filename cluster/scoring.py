@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from cluster.extractors import open_extractor
 from cluster.models import model_folder, open_model
 from cluster.progress import Stages
 from data import storage
@@ -19,7 +20,6 @@ from eval.bins import BinSettings
 from eval.comparison import Comparison, bins_table, judge, report_sections, row_sections, scores_table
 from eval.drawn import DrawnPartitions
 from eval.evaluate import Rule
-from eval.features import open_extractor
 from eval.measure import View, local_pass
 from eval.observed import Pass
 from eval.reference import REFERENCE, Reference, fit_reference
@@ -65,8 +65,7 @@ def open_set(place: str, taking: Taking) -> Partitions:
         return open_partitions(place, split=taking.split, size=taking.size, grey=taking.grey)
     uri = taking.tracking_uri
     model = open_model(place, uri)
-    if not hasattr(model, "sample"):
-        raise UserError(f"{place}: a model that draws no samples: give a generative one")
+    model.require("sample")
     return DrawnPartitions(
         functools.partial(_opened, place, uri),
         *(taking.n, taking.seed),
@@ -85,8 +84,8 @@ def _opened(place: str, uri: str | None) -> Any:
 @functools.lru_cache(maxsize=4)
 def open_view(features: str | None, classifier: str | None, tracking_uri: str | None) -> View:
     """The view that these specs stand for, opened once in a process."""
-    opened = [open_extractor(spec) if spec and spec != "pixels" else None for spec in (features, classifier)]
-    return View(*opened)
+    specs = (features, classifier)
+    return View(*(open_extractor(spec, tracking_uri) if spec and spec != "pixels" else None for spec in specs))
 
 
 @dataclass
@@ -168,7 +167,7 @@ def reference_of(
         UserError: nothing usable there, or a reference in another space of features than the one asked for.
     """
     space = runner.view().space
-    if _has_reference(place):
+    if is_reference(place):
         with runner.stages.stage("load reference"):
             reference = Reference.load(storage.check_url(place))
         if reference.bins[0].centres is not None and reference.space != space:
@@ -187,7 +186,8 @@ def reference_of(
     return reference, partitions
 
 
-def _has_reference(place: str) -> bool:
+def is_reference(place: str) -> bool:
+    """Whether a fitted reference lies there."""
     if is_spec(place) or place.startswith("models:"):
         return False
     return storage.exists(storage.join(storage.check_url(place), REFERENCE))
@@ -195,7 +195,7 @@ def _has_reference(place: str) -> bool:
 
 def held_out_of(place: str, taking: Taking) -> Partitions | None:
     """The test split of a reference that is a training split; None where it has none."""
-    if taking.split != _TRAIN or _has_reference(place) or place.startswith("models:") or model_folder(place):
+    if taking.split != _TRAIN or is_reference(place) or place.startswith("models:") or model_folder(place):
         return None
     whole = open_set(place, taking)
     try:
@@ -216,12 +216,22 @@ def score_sets(
     scores: ScoreSettings,
     held_out: Partitions | None = None,
     store: str | None = None,
+    extras: Mapping[str, Any] | None = None,
 ) -> Comparison:
     """Judges sets by a reference, each in one pass (and one more over the reference, where copies are searched).
 
     Raises:
         UserError: samples that do not fit the reference, or fewer samples than bins.
     """
+    view = runner.view()
+    classifier = view.classifier or view.features
+    facts = {
+        "pairs_subsample": scores.subsample,
+        "scores_seed": scores.seed,
+        **(extras or {}),
+        **({} if classifier is None else {"classifier": f"{classifier.name}, {classifier.note}".rstrip(", ")}),
+        **({} if classifier is None else {"classifier_fingerprint": classifier.fingerprint}),
+    }
     rows = []
     for name, samples in sets.items():
         with runner.stages.stage(f"score {name}"[:22], unit="samples") as advance:
@@ -234,6 +244,7 @@ def score_sets(
                     over_reference=None if partitions is None else runner.over(partitions, advance),
                     held_out=None if held_out is None else (held_out, runner.over(held_out, advance)),
                     stored=store is not None,
+                    extras=facts,
                 )
             )
     return Comparison(reference, rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import signal
 import tempfile
 import threading
@@ -12,6 +11,7 @@ from typing import Any
 
 import ray
 import ray.train
+import torch
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -21,10 +21,8 @@ from data.errors import SharedError, StorageError, UserError, one_line
 from data.manifest import Manifest, load_manifest
 from trainer.checkpoint import Checkpoint, load_checkpoint, load_model, save_checkpoint, save_model
 from trainer.engines import State
-from trainer.fit import Fit
-from trainer.initialise import initial_rows, initialise_mfa
+from trainer.fit import Fit, trained_tensors
 from trainer.loop import Callbacks, LogEntry
-from trainer.models.mfa import MFA
 from trainer.settings import TrainingSettings
 from trainer.tracking import RunLogger
 
@@ -56,8 +54,9 @@ def run_training(
         board: see `remote_progress`.
 
     Returns:
-        Rank 0's closing metrics: `loss`, `log_likelihood` (nats per sample), `samples_per_second`, `history`, the
-        (step, loss) pairs that were logged, and `ray_seconds`, what starting and stopping the workers took.
+        Rank 0's closing metrics: `loss`, the objective's own (`log_likelihood`, nats per sample, or `accuracy`),
+        `samples_per_second`, `history`, the (step, loss) pairs that were logged, and `ray_seconds`, what starting and
+        stopping the workers took.
 
     Raises:
         UserError: the workers failed for a reason that the user can mend, or Ray lost the job.
@@ -159,7 +158,7 @@ def _train_rank(config: dict[str, Any]) -> dict[str, Any]:
     manifest = load_manifest(config["shards"])
     context = ray.train.get_context()
     rank = context.get_world_rank()
-    model = load_model(config["start"])[0].train() if config["start"] else build_model(recipe, manifest)
+    model = load_model(config["start"])[0].train() if config["start"] else _untrained(recipe, manifest)
     fit = Fit(
         model,
         manifest,
@@ -168,6 +167,7 @@ def _train_rank(config: dict[str, Any]) -> dict[str, Any]:
         world_size=context.get_world_size(),
         lanes=settings.lanes or recipe.scaling.workers,
         device=ray.train.torch.get_device() if recipe.scaling.gpus_per_worker else None,
+        objective=recipe.model.objective,
     )
     found = _latest_checkpoint(fit.order())
     if found is None and not config["start"]:
@@ -201,8 +201,8 @@ def _train_rank(config: dict[str, Any]) -> dict[str, Any]:
     state = fit.run(Callbacks(on_log, on_checkpoint), (found.step, found.state) if found else None)
     logger.flush()
     if rank == 0:
-        final = MFA(**model.config)
-        final.load_state_dict({name: state[f"model.module.{name}"] for name in final.state_dict()})
+        final, tensors = type(model)(**model.config), trained_tensors(state)
+        final.load_state_dict({name: tensors[name] for name in final.state_dict()})
         dequantised = settings.dequantises(manifest.levels)
         save_model(
             storage.join(config["folder"], "model"), final, recipe.model.family, manifest, dequantised=dequantised
@@ -211,27 +211,26 @@ def _train_rank(config: dict[str, Any]) -> dict[str, Any]:
     return {**last, "history": [(e["step"], e["metrics"].get("loss", 0.0)) for e in _plain(history)]}
 
 
-def _initialise_on_rank_zero(model: MFA, recipe: Recipe, manifest: Manifest, rank: int, board: Any) -> None:
+def _untrained(recipe: Recipe, manifest: Manifest) -> Any:
+    """The recipe's model before training, the same in every process."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.training.seed)
+        return recipe.model.build(manifest)
+
+
+def _initialise_on_rank_zero(model: Any, recipe: Recipe, manifest: Manifest, rank: int, board: Any) -> None:
     """Rank 0 initialises (the engine then broadcasts); a failure there must reach the ranks that wait for it."""
     problem = None
     if rank == 0:
-        _post(board, 0, f"starting point by {recipe.initialisation.method}")
+        by = f" by {recipe.initialisation.method}" if "initialisation" in recipe.model.sections else ""
+        _post(board, 0, f"starting point{by}")
         try:
-            rows = initial_rows(manifest, recipe.training, recipe.initialisation)
-            initialise_mfa(
-                model, rows, recipe.initialisation, seed=recipe.training.seed, shape=tuple(manifest.shape)
-            )
+            recipe.model.initialise(model, manifest, recipe.training, recipe.initialisation)
         except UserError as error:
             problem = str(error)
     problem = broadcast_from_rank_zero(problem)
     if problem:
         raise SharedError(problem)
-
-
-def build_model(recipe: Recipe, manifest: Manifest) -> MFA:
-    """The untrained model of a recipe, for the manifest's sample shape."""
-    m = recipe.model
-    return MFA(m.n_components, math.prod(manifest.shape), m.n_factors, m.noise_floor, m.noise)
 
 
 def _latest_checkpoint(stream: dict[str, Any]) -> Checkpoint | None:

@@ -225,8 +225,9 @@ class SourcePartitions(Partitions):
     """One split of a source; opened again by its spec in every process that reads it."""
 
     def __init__(self, spec: str, split: str, options: SourceOptions) -> None:
-        self.asked = (spec, split, options.model_dump_json())
-        source, self.split = _opened(*self.asked)
+        source, self.split = _chosen(spec, split, options)
+        self.asked = (spec, split, options.model_dump_json(), source.stamp)
+        self.source: Source | None = source
         self.name, self.levels = source.name, source.levels
         self.scale, self.class_names = _scale(source.dtype, source.levels), source.class_names
         n = len(source.parts[self.split].rows)
@@ -234,11 +235,14 @@ class SourcePartitions(Partitions):
         step = max(1, _PARTITION_BYTES // row_bytes)
         self.starts = list(range(0, n, step))
         self.sizes = [min(n, start + step) - start for start in self.starts]
-        identity = hashlib.sha256(json.dumps([*self.asked, source.stamp]).encode()).hexdigest()
+        identity = hashlib.sha256(json.dumps(self.asked).encode()).hexdigest()
         self.keys = [f"{identity} {start}" for start in self.starts]
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "source": None}  # what is in memory stays here
+
     def pieces(self, number: int) -> Iterator[Piece]:
-        source, _ = _opened(*self.asked)
+        source = self.source or _reopened(*self.asked)
         part, sizes = source.parts[self.split], self.sizes or ()
         for start in range(0, sizes[number], _PIECE_ROWS):
             first = self.starts[number] + start
@@ -326,14 +330,22 @@ def _scale(dtype: str, levels: int | None) -> str:
     return f"{dtype} / {levels - 1}" if levels else "float32 as stored"
 
 
-@functools.lru_cache(maxsize=8)
-def _opened(spec: str, split: str, options: str) -> tuple[Source, str]:
+def _chosen(spec: str, split: str, options: SourceOptions) -> tuple[Source, str]:
     """A source and the name of its split; what has only one is taken whole."""
-    source = open_source(spec, SourceOptions.model_validate_json(options))
+    source = open_source(spec, options)
     chosen = split if len(source.parts) > 1 else next(iter(source.parts))
     if chosen not in source.parts:
         raise UserError(f"{spec} has no split {chosen!r}: choose one of {', '.join(source.parts)}")
     return source, chosen
+
+
+@functools.lru_cache(maxsize=4)
+def _reopened(spec: str, split: str, options: str, stamp: str) -> Source:
+    """The same source in another process, once for all of its partitions."""
+    source, _ = _chosen(spec, split, SourceOptions.model_validate_json(options))
+    if source.stamp != stamp:
+        raise UserError(f"{spec}: changed while it was read, or differs from node to node: run this again")
+    return source
 
 
 def _member_keys(stem: str, member: int, rows: int) -> list[str]:

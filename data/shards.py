@@ -47,13 +47,16 @@ class _Summing:
         return self.handle.write(data)
 
 
-def write_shard(url: str, blocks: Iterable[Block], *, rows_per_block: int = 1000) -> ShardRecord:
+def write_shard(
+    url: str, blocks: Iterable[Block], *, rows_per_block: int | None = None, n_samples: int = 0
+) -> ShardRecord:
     """Writes one shard, whole or not at all; equal samples give equal bytes.
 
     Args:
         url: where; its last part becomes the record's file name.
         blocks: {"x": [rows, *shape], "label": [rows] int64, ...} in any sizes; regrouped on the way.
-        rows_per_block: samples per member at most (see `block_rows`).
+        rows_per_block: samples per member at most; by their size where None (see `block_rows`).
+        n_samples: how many come, where that is known: many vectors get larger members.
 
     Raises:
         UserError: no samples, or the place cannot be written.
@@ -63,7 +66,7 @@ def write_shard(url: str, blocks: Iterable[Block], *, rows_per_block: int = 1000
         out = _Summing(handle)
         # An int for the time: anything else adds a header of 1 KiB to every member, or the clock to the bytes.
         with webdataset.TarWriter(out, encoder=False, mtime=0) as tar:
-            for block in regroup(blocks, rows_per_block):
+            for block in regroup(blocks, rows_per_block, n_samples):
                 fields, places, offset = encode(block), {}, tar.tarstream.offset
                 for name in sorted(fields):
                     length = len(fields[name])
@@ -82,7 +85,7 @@ def pack(
     source: Source,
     dest: str,
     *,
-    rows_per_block: int = 1000,
+    rows_per_block: int | None = None,
     shard_bytes: int = 64 << 20,
     progress: Callable[[int, int], None] | None = None,
 ) -> Manifest:
@@ -94,7 +97,7 @@ def pack(
     Args:
         source: see `data.sources.open_source`.
         dest: folder, as a path or URL.
-        rows_per_block: samples per member at most.
+        rows_per_block: samples per member at most; by their size and number where None (see `block_rows`).
         shard_bytes: size at which the next shard is begun.
         progress: called with (samples written, samples in all).
 
@@ -105,10 +108,12 @@ def pack(
     old = load_manifest(dest) if storage.exists(storage.join(dest, MANIFEST)) else None
     old_files = [shard.file for record in old.splits.values() for shard in record.shards] if old else []
     _clear_journal(dest, set(old_files))
-    rows = block_rows(source.shape, source.dtype, rows_per_block)
     row_bytes = math.prod(source.shape) * np.dtype(source.dtype).itemsize
-    blocks_per_shard = max(1, shard_bytes // (rows * row_bytes))
-    plan = _free_names(dest, {split: -(-n // (rows * blocks_per_shard)) for split, n in source.splits.items()})
+    rows = {
+        split: block_rows(source.shape, source.dtype, rows_per_block, n) for split, n in source.splits.items()
+    }
+    per_shard = {split: max(1, shard_bytes // (rows[split] * row_bytes)) for split in rows}
+    plan = _free_names(dest, {split: -(-n // (rows[split] * per_shard[split])) for split, n in source.splits.items()})
     new_files = [name for files in plan.values() for name in files]
     storage.write_text(storage.join(dest, _JOURNAL), json.dumps(new_files + old_files))
     try:
@@ -116,11 +121,11 @@ def pack(
         total = sum(source.splits.values())
         for split, files in plan.items():
             done = sum(record.samples for record in splits.values())
-            blocks = _counted(source.blocks(split, rows), done, total, progress)
+            blocks = _counted(source.blocks(split, rows[split]), done, total, progress)
             shards = []
             for name in files:
-                share = itertools.islice(blocks, blocks_per_shard)
-                shards.append(write_shard(storage.join(dest, name), share, rows_per_block=rows))
+                share = itertools.islice(blocks, per_shard[split])
+                shards.append(write_shard(storage.join(dest, name), share, rows_per_block=rows[split]))
             splits[split] = SplitRecord(samples=source.splits[split], shards=shards)
         manifest = Manifest(
             name=source.name,

@@ -10,10 +10,10 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from data import images
 from data.errors import UserError, io_error
@@ -35,6 +35,21 @@ class SourceOptions(BaseModel):
     grey: bool | None = Field(None, description="images: one channel; unset means so if every image is grey")
     max_samples: int | None = Field(None, ge=1, description="a random subset of each split, for trials")
     shuffle: bool = Field(True, description="shuffle the training split, so that sorted sources mix")
+    class_ratios: dict[str | int, Annotated[float, Field(ge=0, le=1)]] | None = Field(
+        None,
+        description='share of a class kept in the training split, by name or label number: {"9": 0.25}; others whole',
+    )
+
+    @field_validator("class_ratios")
+    @classmethod
+    def _keys_are_texts(cls, ratios: dict[str | int, float] | None) -> dict[str | int, float] | None:
+        """As JSON has them, so that options are equal to themselves after they were stored."""
+        if ratios is None:
+            return None
+        texts: dict[str | int, float] = {str(name): share for name, share in ratios.items()}
+        if len(texts) < len(ratios):
+            raise ValueError("a class is named twice")
+        return texts
 
 
 @dataclass(frozen=True)
@@ -123,7 +138,9 @@ def open_source(spec: str, options: SourceOptions | None = None) -> Source:
     return replace(source, options=chosen)
 
 
-def _divide(given: dict[str, Part], options: SourceOptions) -> dict[str, Part]:
+def _divide(
+    spec: str, given: dict[str, Part], options: SourceOptions, class_names: tuple[str, ...] | None = None
+) -> dict[str, Part]:
     """The splits, `train` first: a lone one gives its held-out share to `test`; then subsets and order."""
     parts = dict(given)
     if len(given) == 1 and options.test_fraction:
@@ -132,17 +149,49 @@ def _divide(given: dict[str, Part], options: SourceOptions) -> dict[str, Part]:
         held = min(max(1, round(n * options.test_fraction)), n - 1)
         mixed = np.random.default_rng([options.seed, 0]).permutation(part.rows)
         if held:
-            parts[split] = replace(part, rows=np.sort(mixed[held:]))
-            parts["test"] = replace(part, rows=np.sort(mixed[:held]))
+            mixed[held:].sort()
+            mixed[:held].sort()
+            parts[split], parts["test"] = replace(part, rows=mixed[held:]), replace(part, rows=mixed[:held])
     for number, split in enumerate(sorted(parts)):
         rows = parts[split].rows
         rng = np.random.default_rng([options.seed, 1, number])
         if options.max_samples is not None and options.max_samples < len(rows):
             rows = np.sort(rng.choice(rows, options.max_samples, replace=False))
+        if options.class_ratios and split == "train":
+            rows = _thinned(spec, replace(parts[split], rows=rows), options, class_names)
         if options.shuffle and split == "train":
             rows = rng.permutation(rows)
         parts[split] = replace(parts[split], rows=rows)
     return {split: parts[split] for split in sorted(parts, key=lambda name: (name != "train", name))}
+
+
+def _thinned(spec: str, part: Part, options: SourceOptions, class_names: tuple[str, ...] | None) -> np.ndarray:
+    """The rows of a split, in their order, without what the class ratios leave out.
+
+    Each class has a random order of its own and keeps the first of it: a smaller ratio keeps a subset of a larger one.
+    """
+    if part.labels is None:
+        raise UserError(f"{spec}: has no labels: class_ratios needs the class of every sample")
+    labels = part.labels[part.rows]
+    known = range(len(class_names)) if class_names else np.unique(labels).tolist()
+    numbers = {str(label): label for label in known}
+    numbers.update({name: label for label, name in enumerate(class_names or ())})
+    kept, seen = np.ones(len(labels), bool), set()
+    for name, share in (options.class_ratios or {}).items():
+        label = numbers.get(str(name))
+        if label is None:
+            names = class_names or [str(label) for label in known]
+            listed = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+            raise UserError(f"{spec}: class_ratios names the class {str(name)!r}, which is unknown: choose of {listed}")
+        if label in seen:
+            raise UserError(f"{spec}: class_ratios names the class {str(name)!r} twice: by name and by number")
+        seen.add(label)
+        members = np.flatnonzero(labels == label)
+        order = np.random.default_rng([options.seed, 2, label % 2**64]).permutation(members)
+        kept[order[round(share * len(members)) :]] = False
+    if not kept.any():
+        raise UserError(f"{spec}: class_ratios leaves no training sample: raise a ratio")
+    return part.rows[kept]
 
 
 def _whole(x: np.ndarray, labels: np.ndarray | None) -> Part:
@@ -154,8 +203,9 @@ def _open_digits(options: SourceOptions) -> Source:
 
     digits = load_digits()
     x = digits.images.astype(np.uint8)[..., None]
-    parts = _divide({"train": _whole(x, digits.target)}, options)
-    return Source("digits", "digits", x.shape[1:], "uint8", 17, tuple("0123456789"), parts)
+    names = tuple("0123456789")
+    parts = _divide("digits", {"train": _whole(x, digits.target)}, options, names)
+    return Source("digits", "digits", x.shape[1:], "uint8", 17, names, parts)
 
 
 def _open_mnist(spec: str, place: str, options: SourceOptions) -> Source:
@@ -170,8 +220,9 @@ def _open_mnist(spec: str, place: str, options: SourceOptions) -> Source:
         shapes.add(x.shape[1:])
     if len(shapes) > 1:
         raise UserError(f"{folder}: training and test images have different sizes: fetch the files again")
-    stamp = _stamp(sorted(folder.glob("*-ubyte*")))
-    return Source("mnist", spec, x.shape[1:], "uint8", 256, tuple("0123456789"), _divide(given, options), stamp=stamp)
+    stamp, names = _stamp(sorted(folder.glob("*-ubyte*"))), tuple("0123456789")
+    parts = _divide(spec, given, options, names)
+    return Source("mnist", spec, x.shape[1:], "uint8", 256, names, parts, stamp=stamp)
 
 
 def _open_svhn(spec: str, place: str, options: SourceOptions) -> Source:
@@ -193,7 +244,8 @@ def _open_svhn(spec: str, place: str, options: SourceOptions) -> Source:
         given[split] = _whole(np.ascontiguousarray(x), labels.astype(np.int64))
         files.append(path)
     names = tuple("0123456789")
-    return Source("svhn", spec, (32, 32, 3), "uint8", 256, names, _divide(given, options), stamp=_stamp(files))
+    parts = _divide(spec, given, options, names)
+    return Source("svhn", spec, (32, 32, 3), "uint8", 256, names, parts, stamp=_stamp(files))
 
 
 def _stamp(files: Iterable[Path]) -> str:
@@ -239,7 +291,7 @@ def _open_images(spec: str, place: str, options: SourceOptions) -> Source:
         rows = np.arange(start, start + len(names))
         given[split] = Part(lambda rows: np.stack([images.load(files[row], shaping) for row in rows]), rows, labels)
         start += len(names)
-    parts = _divide(given, options)
+    parts = _divide(spec, given, options, classes)
     used = np.sort(np.concatenate([part.rows for part in parts.values()]))
     shaping = images.plan([files[row] for row in used], options.size, options.crop, options.grey)
 
@@ -264,7 +316,7 @@ def _open_array(spec: str, place: str, options: SourceOptions) -> Source:
     if labels is not None and int(labels.max()) > np.iinfo(np.int64).max:
         raise UserError(f"{path}: the label {labels.max()} does not fit int64: number the classes from 0")
     given = Part(functools.partial(_reals, path, x), np.arange(len(x)), labels) if real else _whole(x, labels)
-    parts = _divide({"train": given}, options)
+    parts = _divide(spec, {"train": given}, options)
     dtype, levels = ("float32", None) if real else ("uint8", 256)
     return Source(path.stem, spec, x.shape[1:], dtype, levels, None, parts, stamp=_stamp([path]))
 
@@ -307,7 +359,7 @@ def _array(found: Any) -> np.ndarray:
 def _reals(path: Path, x: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Rows as float32, checked as they are read: the file may be larger than memory."""
     with np.errstate(over="ignore"):  # a float64 beyond the range of float32 becomes infinite
-        found = x[rows].astype(np.float32)
+        found = x[rows].astype(np.float32, copy=False)
     extent = np.abs(found.reshape(len(rows), -1)).max(axis=1, initial=0)
     usable = extent <= MAX_MAGNITUDE  # false for NaN
     if not usable.all():

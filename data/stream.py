@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from data import augment as augmentations
 from data.errors import UserError
 from data.manifest import Manifest, check_size
-from data.members import Block, read_member
+from data.members import Block, join, read_member
 from data.pixels import dequantise, scale
 
 # First word of every random key, so that no two uses draw the same numbers.
@@ -144,7 +144,7 @@ class ShardStream:
         order = np.random.default_rng([_ORDER, self.seed, epoch]).permutation(len(reader))
         lanes = [_Lane(self, reader, order, epoch, lane) for lane in range(self.rank, self.lanes, self.world_size)]
         for step in steps:
-            rows = _join([lane.batch(step) for lane in lanes])
+            rows = join([lane.batch(step) for lane in lanes])
             yield {name: torch.from_numpy(values) for name, values in rows.items()}
 
 
@@ -192,7 +192,7 @@ class _Lane:
             self._load(number)
             parts.append({name: values[low - start : stop - start] for name, values in self.rows.items()})
             low = stop
-        rows = _join(parts)
+        rows = join(parts)
         levels = stream.manifest.levels
         if stream.dequantise and levels is not None:
             rows["x"] = dequantise(rows["x"], levels, [_TRAIN_NOISE, stream.seed, self.epoch, self.lane, step])
@@ -212,15 +212,8 @@ class _Lane:
             blocks.append({name: values[start:stop] for name, values in read.items() if name in ("x", "label")})
         key = [_SHUFFLE, self.stream.seed, self.epoch, self.lane, number]
         mixed = np.random.default_rng(key).permutation(sum(len(block["x"]) for block in blocks))
-        self.rows = {name: values[mixed] for name, values in _join(blocks).items()}
+        self.rows = {name: values[mixed] for name, values in join(blocks).items()}
         self.loaded = number
-
-
-def _join(parts: list[Block]) -> Block:
-    """One block of all rows; a lone one is not copied."""
-    if len(parts) == 1:
-        return parts[0]
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def read_blocks(
@@ -258,3 +251,16 @@ def read_blocks(
             block["x"] = scale(block["x"], manifest.levels)
         block["index"] = np.arange(reader.starts[number], reader.starts[number + 1], dtype=np.int64)
         yield block
+
+
+def read_labels(manifest: Manifest, split: str) -> np.ndarray:
+    """The labels [n] int64 of a split, without reading its samples.
+
+    Raises:
+        UserError: no labels, a missing or empty split, a shard that is missing, truncated or changed.
+    """
+    if not manifest.has_labels:
+        raise UserError(f"{manifest.base}: the samples have no labels: pack them with labels")
+    shards = manifest.split(split).shards
+    members = ((shard, number) for shard in shards for number in range(len(shard.members)))
+    return np.concatenate([read_member(manifest, *place, labels_only=True)["label"] for place in members])

@@ -14,6 +14,7 @@ import numpy as np
 
 from data import storage
 from data.errors import UserError
+from trainer.checkpoint import model_class
 from trainer.tracking import database_file, mlflow_at, mlflow_client, mlflow_errors
 
 # Tag of a version that was registered to the end.
@@ -51,12 +52,13 @@ def register_model(
     if network is None or network.origin is None:
         raise UserError(f"model {folder}: unknown family {document['family']!r}; use the version that trained it")
     n_features = math.prod(document["data"]["shape"])
+    task = "log_prob" if hasattr(model_class(document["family"]), "log_prob") else "probabilities"
     earlier = _version_of(name, tracking_uri, run_id)
     if earlier is not None:
         return Registered(earlier, f"models:/{name}@{alias}")
     params = ParamSchema(
         [
-            ParamSpec("task", DataType.string, "log_prob"),
+            ParamSpec("task", DataType.string, task),
             ParamSpec("n", DataType.long, 1),
             ParamSpec("seed", DataType.long, 0),
         ]

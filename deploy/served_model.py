@@ -3,9 +3,11 @@
 It imports only mlflow, numpy, torch and the standard library. The network's own source travels beside it as an
 artifact and is loaded from its path under a private module name: nothing is put on the consumer's `sys.path`.
 
-`predict(x, params={"task": ...})`:
+`predict(x, params={"task": ...})`, of what the network can do (the first is what it does unasked):
     log_prob          -> [n] float64 array, nats per sample
     responsibilities  -> [n, n_components] float32 array
+    probabilities     -> [n, n_classes] float32 array, of a classifier
+    features          -> [n, d] float32 array, a classifier's last hidden layer
     sample            -> [n, ...shape] float32 array; `n` and `seed` as parameters, x is ignored
 """
 
@@ -22,6 +24,7 @@ import numpy as np
 import torch
 
 BATCH = 1024
+TASKS = ("log_prob", "responsibilities", "probabilities", "features", "sample")
 
 
 def read_safetensors(path: str) -> dict[str, torch.Tensor]:
@@ -62,7 +65,7 @@ def load_network(source: str) -> Any:
 
 
 class ServedModel(mlflow.pyfunc.PythonModel):
-    """A density model behind MLflow's `predict`."""
+    """A model behind MLflow's `predict`."""
 
     def load_context(self, context: Any) -> None:
         document = json.loads(Path(context.artifacts["model"]).read_text())
@@ -73,18 +76,18 @@ class ServedModel(mlflow.pyfunc.PythonModel):
 
     def predict(self, context: Any, model_input: np.ndarray, params: dict[str, Any] | None = None) -> np.ndarray:
         settings = params or {}
-        task = settings.get("task") or "log_prob"
+        tasks = [name for name in TASKS if hasattr(self.net, name)]
+        task = settings.get("task") or tasks[0]
+        if task not in tasks:
+            raise ValueError(f"unknown task {task!r}: use {', '.join(tasks[:-1])} or {tasks[-1]}")
         with torch.inference_mode():
             if task == "sample":
                 return self._sample(int(settings.get("n", 1)), int(settings.get("seed", 0)))
-            if task not in ("log_prob", "responsibilities"):
-                raise ValueError(f"unknown task {task!r}: use log_prob, responsibilities or sample")
             x = np.array(model_input, np.float32).reshape(-1, math.prod(self.shape))
             if not np.isfinite(x).all():
                 raise ValueError("the input holds NaN or infinite values")
-            parts = [getattr(self.net, task)(torch.from_numpy(x[i : i + BATCH])) for i in range(0, len(x), BATCH)]
-            width = () if task == "log_prob" else (self.net.n_components,)
-            result = torch.cat(parts) if parts else torch.zeros(0, *width)
+            rows = torch.from_numpy(x if len(x) else np.zeros((1, x.shape[1]), np.float32))
+            result = torch.cat([getattr(self.net, task)(part) for part in rows.split(BATCH)])[: len(x)]
             return result.double().numpy() if task == "log_prob" else result.numpy()
 
     def _sample(self, n: int, seed: int) -> np.ndarray:

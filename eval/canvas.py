@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -123,3 +124,21 @@ def draw_row(axes: Axes, x: np.ndarray, columns: int, colour: str) -> None:
 def heading(figure: Figure, text: str, size: float = 11) -> None:
     """A left-aligned title over the whole figure."""
     figure.suptitle(text, x=0.01, ha="left", fontsize=size, color=INK, fontweight="bold")
+
+
+def labelled_sheet(x: np.ndarray, texts: Sequence[str], title: str) -> bytes:
+    """Samples `[n, *shape]` as PNG, eight in a row, each with a short text above it."""
+    columns = min(len(x), 8)
+    rows = -(-len(x) // columns)
+    ratio = x.shape[1] / x.shape[2] if is_image(x.shape[1:]) else 0.8
+    width = 9.4 / columns
+    figure = new_figure(9.4, rows * (width * ratio + 0.22) + 0.4)
+    cells = figure.subplots(rows, columns, squeeze=False).reshape(-1)
+    for axes in cells[len(x) :]:
+        axes.set_visible(False)
+    for axes, sample, text in zip(cells, x, texts):
+        draw_row(axes, sample[None], 1, INK)
+        axes.set_anchor("C")
+        axes.set_title(text, fontsize=8, color=MUTED, pad=2)
+    heading(figure, title)
+    return png(figure)

@@ -18,8 +18,8 @@ from eval.drawn import Density, DrawnPartitions
 from eval.evaluate import Evaluation, Rule, evaluate_counts
 from eval.gallery import bins_gallery
 from eval.likelihood import LogLikelihood, summarise
-from eval.manifold import Memorisation, compare_distances
 from eval.measure import local_pass
+from eval.metrics.manifold import Memorisation, compare_distances
 from eval.observed import Digest, Extent, Nearest, Pass, Sketch
 from eval.reference import Reference, bin_members, fit_reference
 from eval.report import ReportFigure, ReportSection, ReportTable
@@ -337,6 +337,9 @@ def scores_table(comparison: Comparison) -> ReportTable | None:
         values = [next((str(each) for each in row.scores if each.name == name), "–") for row in comparison.rows]
         cells.append([name, score.better, *values, score.protocol])
     note = f"Features: {comparison.reference.space.name}. ±: one standard error, where nothing else is said."
+    classifier = comparison.rows[0].evaluation.protocol.get("classifier")
+    if classifier:
+        note += f" Classes: {classifier}."
     return ReportTable("Other scores", columns, cells, note)
 
 

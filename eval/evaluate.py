@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from data.errors import UserError
-from eval import ndb
 from eval.bins import BinCounts, Bins
+from eval.metrics import ndb
 from eval.observed import Extent
 
 # 8-bit values beside values in [0, 1] differ by 255; a broken generator of the right scale stays well below this.
@@ -54,7 +54,7 @@ def evaluate_counts(
     rule: Rule,
     extras: Mapping[str, Any] | None = None,
 ) -> Evaluation:
-    """NDB and JS divergence of samples against the bins' reference (see `eval.ndb.score`).
+    """NDB and JS divergence of samples against the bins' reference (see `eval.metrics.ndb.score`).
 
     Args:
         bins: the yardstick.

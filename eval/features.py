@@ -49,6 +49,7 @@ class Extractor:
         fingerprint: SHA-256 of the file that decides it; "pixels" for pixels.
         n_features: d; None until the first call where the file does not tell.
         preprocessing: what is done to images before the network sees them, in words.
+        note: what else a reader of its scores should know, such as a classifier's test accuracy.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Extractor:
         preprocessing: str = "none",
         unit_range: bool = True,
         most: int = _MOST,
+        note: str = "",
     ) -> None:
         """
         Args:
@@ -71,7 +73,7 @@ class Extractor:
             most: samples in a batch.
         """
         self.name, self.spec, self.fingerprint = name, spec, fingerprint
-        self.n_features, self.preprocessing = n_features, preprocessing
+        self.n_features, self.preprocessing, self.note = n_features, preprocessing, note
         self._function, self._unit_range, self._most = function, unit_range, most
 
     def __call__(self, x: np.ndarray) -> Features:
@@ -376,3 +378,4 @@ _OPENERS: dict[str, Callable[[str, str | None], Extractor]] = {
     "inception": _open_inception,
     "module": _open_module,
 }
+KINDS = ("pixels", *_OPENERS)

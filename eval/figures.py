@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from eval import canvas
 from eval.evaluate import Evaluation
-from eval.ndb import NDBResult
+from eval.metrics.ndb import NDBResult
 
 
 def sample_grid(x: np.ndarray, rows: int, columns: int, title: str | None = None) -> bytes:
@@ -75,8 +75,8 @@ def training_curve(
 def binning_proportions(results: Sequence[Evaluation], title: str = "Binning proportions") -> bytes:
     """One panel per model over common axes: the reference's bin proportions as a filled outline, largest bin first.
 
-    The band is reference ± z se, with se as in `eval.ndb.two_proportion_z` at the reference's proportion and z the
-    model's threshold: points outside of it are (nearly exactly) the flagged bins, marked by triangles.
+    The band is reference ± z se, with se as in `eval.metrics.ndb.two_proportion_z` at the reference's proportion and z
+    the model's threshold: points outside of it are (nearly exactly) the flagged bins, marked by triangles.
     """
     if not results:
         raise ValueError("binning_proportions needs at least one evaluation")

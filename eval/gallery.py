@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 
 from eval import canvas
 from eval.bins import PIXELS, Bins
-from eval.ndb import NDBResult
+from eval.metrics.ndb import NDBResult
 
 # Members [m, *shape] of each of the bins that are asked for.
 Members = Callable[[np.ndarray], Sequence[np.ndarray]]

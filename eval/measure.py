@@ -135,5 +135,5 @@ def merge_into(total: dict[str, Any], part: Mapping[str, Any]) -> None:
         if name in total:
             total[name].merge(observer)
         else:
-            total[name] = observer
+            total[name] = copy.deepcopy(observer)  # what Ray brings cannot be written to
 

@@ -30,20 +30,8 @@ def factor_grid(mean: np.ndarray, across: np.ndarray, down: np.ndarray, *, title
 
 def outlier_sheet(x: np.ndarray, log_probs: np.ndarray) -> bytes:
     """Samples `[n, *shape]`, the least likely first, with their log-likelihoods (`[n]`, nats)."""
-    columns = min(len(x), 8)
-    rows = -(-len(x) // columns)
-    ratio = x.shape[1] / x.shape[2] if canvas.is_image(x.shape[1:]) else 0.8
-    width = 9.4 / columns
-    figure = canvas.new_figure(9.4, rows * (width * ratio + 0.22) + 0.4)
-    cells = figure.subplots(rows, columns, squeeze=False).reshape(-1)
-    for axes in cells[len(x) :]:
-        axes.set_visible(False)
-    for axes, sample, value in zip(cells, x, log_probs):
-        canvas.draw_row(axes, sample[None], 1, canvas.INK)
-        axes.set_anchor("C")
-        axes.set_title(f"{value:,.0f}".replace("-", "−"), fontsize=8, color=canvas.MUTED, pad=2)
-    canvas.heading(figure, f"The {len(x)} least likely samples (log-likelihood in nats)")
-    return canvas.png(figure)
+    texts = [f"{value:,.0f}".replace("-", "−") for value in log_probs]
+    return canvas.labelled_sheet(x, texts, f"The {len(x)} least likely samples (log-likelihood in nats)")
 
 
 def rows_of_images(rows: Sequence[tuple[str, np.ndarray]], title: str) -> bytes:

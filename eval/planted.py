@@ -1,8 +1,8 @@
 """Planted collapse: sample sets in which one class is thinned, and every score of all of them against one reference.
 
 What the sets of a split share is computed once: bins and the bin of every sample, moments and projections, distances
-and kernels of all pairs. Each set is then a mask. The scores are those of `eval.ndb`, `eval.moments`, `eval.kernel`,
-`eval.manifold` and `eval.transport`, up to rounding; KID is over one subset, the whole subsample.
+and kernels of all pairs. Each set is then a mask. The scores are those of `eval.metrics`, up to rounding; KID is over
+one subset, the whole subsample.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import numpy as np
 
 from data.errors import UserError
 from data.limits import MAX_SEED
-from eval import ndb
 from eval.arrays import bins_of, labels_of
 from eval.bins import BinSettings
-from eval.manifold import DEFAULT_NEIGHBOURS
-from eval.moments import MAX_FEATURES, Moments
+from eval.metrics import ndb
+from eval.metrics.manifold import DEFAULT_NEIGHBOURS
+from eval.metrics.moments import MAX_FEATURES, Moments
 
 _PROJECTIONS = 500
 # So many nearest neighbours of every sample are sorted; the rare sets that leave too few of them are searched whole.

@@ -67,7 +67,7 @@ class Reference:
             names.append(f"bins-{len(bins.counts)}" + (f"-{number}" if f"bins-{len(bins.counts)}" in names else ""))
             self._with_pictures(bins).save(storage.join(folder, names[-1]))
         with storage.publish(storage.join(folder, "summary.safetensors")) as handle:
-            handle.write(save_tensors({k: np.ascontiguousarray(v) for k, v in self.summary.arrays().items()}))
+            handle.write(save_tensors({k: np.asarray(v, order="C") for k, v in self.summary.arrays().items()}))
         document = {
             "format": _FORMAT,
             "name": self.name,

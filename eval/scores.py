@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
@@ -10,13 +11,13 @@ import numpy as np
 
 from data.errors import UserError
 from eval.canvas import is_image
-from eval.kernel import kernel_distance
-from eval.manifold import Memorisation, manifold_scores
-from eval.moments import MAX_FEATURES, Moments, frechet_distance, frechet_standard_error
+from eval.metrics.kernel import kernel_distance
+from eval.metrics.manifold import Memorisation, manifold_scores
+from eval.metrics.moments import MAX_FEATURES, Moments, frechet_distance, frechet_standard_error
+from eval.metrics.predictions import Predictions
+from eval.metrics.sharpness import Sharpness
+from eval.metrics.transport import sinkhorn_divergence, sliced_wasserstein
 from eval.observed import Observed, Sketch
-from eval.predictions import Predictions
-from eval.sharpness import Sharpness
-from eval.transport import sinkhorn_divergence, sliced_wasserstein
 
 SCORES = ("fid", "kid", "manifold", "transport", "sharpness", "classes", "memorisation")
 _PAIRWISE = {"fid", "kid", "manifold", "transport"}
@@ -94,7 +95,7 @@ class Summary:
         for name in ("sketch", "sharpness", "moments", "predictions"):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine is None:
-                setattr(self, name, theirs)
+                setattr(self, name, copy.deepcopy(theirs))
             elif theirs is not None:
                 mine.merge(theirs)
         self.labels = _added(self.labels, other.labels)

@@ -47,7 +47,7 @@ def observe_stored(
         return _restored(place, observers, number)
     found = observe_partition(partitions, number, view, observers)
     arrays = {
-        f"{name} {key}": np.ascontiguousarray(value)
+        f"{name} {key}": np.asarray(value, order="C")
         for name, observer in found.items()
         for key, value in observer.arrays().items()
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,15 @@ def load_checkpoint(folder: Path, stream: dict[str, Any]) -> Checkpoint:
     return Checkpoint(int(document.pop("step")), state, document)
 
 
-def save_model(folder: str, model: nn.Module, family: str, manifest: Manifest, *, dequantised: bool) -> None:
+def save_model(
+    folder: str,
+    model: nn.Module,
+    family: str,
+    manifest: Manifest,
+    *,
+    dequantised: bool,
+    scores: Mapping[str, float] | None = None,
+) -> None:
     """Writes a finished model: `weights.safetensors`, then `model.json` with its family, settings and data.
 
     Args:
@@ -70,6 +79,7 @@ def save_model(folder: str, model: nn.Module, family: str, manifest: Manifest, *
         family: its file in trainer/models.
         manifest: the data that it was trained on; shape, levels and fingerprint are kept.
         dequantised: whether the model is a density of (v + u) / levels; else `levels` is stored as null.
+        scores: what the model reached on test data, where it was judged.
     """
     data = {
         "name": manifest.name,
@@ -81,7 +91,18 @@ def save_model(folder: str, model: nn.Module, family: str, manifest: Manifest, *
     with storage.publish(storage.join(folder, "weights.safetensors")) as handle:
         handle.write(save_tensors(tensors))
     document = {"format": FORMAT, "family": family, "arguments": model.config, "data": data}
+    if scores is not None:
+        document["scores"] = dict(scores)
     storage.write_text(storage.join(folder, "model.json"), json.dumps(document, indent=1))
+
+
+def model_class(family: str) -> Any:
+    """The network's class of a family.
+
+    Raises:
+        ImportError, AttributeError: there is no such family.
+    """
+    return importlib.import_module(f"trainer.models.{family}").MODEL
 
 
 def load_model(folder: str) -> tuple[Any, dict[str, Any]]:
@@ -95,8 +116,7 @@ def load_model(folder: str) -> tuple[Any, dict[str, Any]]:
     if document.get("format") != FORMAT:
         raise UserError(f"model {folder}: format {document.get('format')!r} is not known; use the version that made it")
     try:
-        family = importlib.import_module(f"trainer.models.{document['family']}")
-        model = family.MODEL(**document["arguments"])
+        model = model_class(document["family"])(**document["arguments"])
         model.load_state_dict(_read_tensors(storage.join(base, "weights.safetensors")))
         _check_model(model, document["data"])
     except (LookupError, ImportError, AttributeError, TypeError, ValueError, RuntimeError, MemoryError) as error:

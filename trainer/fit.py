@@ -1,14 +1,14 @@
-"""One training run of a mixture on packed data, by stochastic gradients or by EM, on one rank of any number."""
+"""One training run of a model on packed data, by stochastic gradients or by EM, on one rank of any number."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data import augment
 from data.manifest import Manifest
@@ -16,7 +16,7 @@ from data.stream import ShardStream, read_blocks
 from trainer.em import Iteration, fit_em
 from trainer.engines import State, broadcast_module, make_engine
 from trainer.loop import Callbacks, LogEntry, train
-from trainer.models.mfa import MFA
+from trainer.objectives import Objective
 from trainer.objectives.likelihood import MaximumLikelihood
 from trainer.players import make_player
 from trainer.settings import TRAIN_SPLIT, TrainingSettings
@@ -26,12 +26,19 @@ _PREVIOUS = "em.objective"
 _NOISE_SEEDS = 2**32
 
 
+def maximum_likelihood(model: nn.Module, manifest: Manifest, settings: TrainingSettings) -> Objective:
+    """The objective of densities."""
+    player = make_player(model, settings.optimiser, settings.steps)
+    return MaximumLikelihood(player, manifest.n_samples(TRAIN_SPLIT))
+
+
 class Fit:
     """Trains `model` on the training split of a pack; the same result on any number of ranks.
 
     By gradients a step is an optimiser step, by EM a pass over the data (over every variant of every sample, where
     there is augmentation: the noise prior's pseudo-samples then weigh against so many more). `Callbacks` and
-    checkpoints (step, state) are the same for both; the state holds the model's tensors as `model.module.<name>`.
+    checkpoints (step, state) are the same for both; the state holds the model's tensors as `model.module.<name>` (see
+    `trained_tensors`). EM is for mixtures of factor analysers.
 
     Args:
         model: initialised on rank 0 (the others take over its tensors), or to be restored by `run(resume=...)`.
@@ -40,6 +47,7 @@ class Fit:
         rank, world_size: this process' share.
         lanes: see `ShardStream`; default world_size.
         device: where the model is trained.
+        objective: by gradients, what is optimised: a function of model, manifest and settings.
 
     Raises:
         UserError: data that the settings do not fit (see `ShardStream`).
@@ -47,7 +55,7 @@ class Fit:
 
     def __init__(
         self,
-        model: MFA,
+        model: Any,
         manifest: Manifest,
         settings: TrainingSettings,
         *,
@@ -55,8 +63,9 @@ class Fit:
         world_size: int = 1,
         lanes: int | None = None,
         device: torch.device | None = None,
+        objective: Callable[[Any, Manifest, TrainingSettings], Objective] = maximum_likelihood,
     ) -> None:
-        self.model, self.manifest, self.settings = model, manifest, settings
+        self.model, self.manifest, self.settings, self.objective = model, manifest, settings, objective
         self.rank, self.world_size = rank, world_size
         self.device = device or torch.device("cpu")
         self.dequantise = settings.dequantises(manifest.levels)
@@ -97,8 +106,7 @@ class Fit:
         if self.stream is None:
             return self._by_em(callbacks or Callbacks(), resume)
         settings = self.settings
-        player = make_player(self.model, settings.optimiser, settings.steps)
-        objective = MaximumLikelihood(player, self.manifest.n_samples(TRAIN_SPLIT))
+        objective = self.objective(self.model, self.manifest, settings)
         engine = make_engine(settings, self.device)
         engine.attach(objective)
         return train(objective, engine, self.stream, settings, callbacks=callbacks, resume=resume)
@@ -157,3 +165,16 @@ class Fit:
         for block in blocks:
             for x in augment.variants(block["x"], self.settings.augment):
                 yield torch.from_numpy(np.ascontiguousarray(x))
+
+
+def trained_tensors(state: State) -> State:
+    """The model's tensors in a training state, by their names in the model.
+
+    The player `model` is the whole model; another player is the part of the model that has its name.
+    """
+    found = {}
+    for key, value in state.items():
+        player, sign, name = key.partition(".module.")
+        if sign and "." not in player:
+            found[name if player == "model" else f"{player}.{name}"] = value
+    return found

@@ -132,7 +132,7 @@ class _Window:
         if not bool(torch.isfinite(mean).all()):
             raise SharedError(
                 f"training stopped at step {step}: the loss of player {player!r} is {float(mean[0])}; lower "
-                "training.optimiser.learning_rate, raise model.noise_floor, or check the data"
+                "training.optimiser.learning_rate, check the data, or raise a mixture's model.noise_floor"
             )
         prefix = "" if player == "model" else f"{player}_"
         for name, value in (*zip(names, mean.tolist()), ("worst_loss", float(most[0]))):

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from data.limits import MAX_SEED
 
-TRAIN_SPLIT = "train"
+if TYPE_CHECKING:  # reading a recipe needs no torch
+    from torch import nn
+
+    from data.manifest import Manifest
+    from trainer.objectives import Objective
+
+TRAIN_SPLIT, TEST_SPLIT = "train", "test"
 
 
 class Settings(BaseModel):
@@ -17,16 +23,49 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
 
 
-class ModelSettings(Settings):
-    """Which model is trained."""
+class FamilySettings(Settings):
+    """A model family, as one choice of the recipe's `model`: its fields, and all that training asks of it.
 
-    family: Literal["mfa"] = Field("mfa", description="model family; one file in trainer/models each")
-    n_components: int = Field(10, ge=1, description="number of mixture components (of the root, where it is split)")
-    n_factors: int = Field(6, ge=0, description="number of factors per component")
-    noise_floor: float = Field(1e-5, gt=0, description="smallest noise variance, in squared units of the data")
-    noise: Literal["diagonal", "isotropic"] = Field(
-        "diagonal", description="noise variances: one per feature (MFA), or one per component (MPPCA)"
-    )
+    A subclass has a `family`, the name of its file in trainer/models, and stands in the list of `trainer.families`.
+    """
+
+    noun: ClassVar[str]  # what a job trains, in its messages
+    loss: ClassVar[str]  # what it minimises
+    methods: ClassVar[tuple[str, ...]] = ("sgd",)  # of training
+    sections: ClassVar[tuple[str, ...]] = ()  # which of the recipe's initialisation, hierarchy, evaluation it uses
+    dequantises: ClassVar[bool] = False  # whether the model may be a density of dequantised pixels
+
+    @property
+    def label(self) -> str:
+        """What tables call the model."""
+        raise NotImplementedError
+
+    def check(self, manifest: Manifest, initialisation: InitialisationSettings) -> None:
+        """Refuses data that cannot be trained on, before any worker is started.
+
+        Raises:
+            UserError: what is wrong with it.
+        """
+
+    def build(self, manifest: Manifest) -> nn.Module:
+        """The untrained model for the manifest's samples; torch's generator is seeded."""
+        raise NotImplementedError
+
+    def initialise(
+        self, model: Any, manifest: Manifest, training: TrainingSettings, initialisation: InitialisationSettings
+    ) -> None:
+        """Sets the starting point from data, on rank 0; the other ranks get its tensors.
+
+        Raises:
+            UserError: data that does not give one.
+        """
+
+    def objective(self, model: Any, manifest: Manifest, training: TrainingSettings) -> Objective:
+        """What is optimised, with the model's networks as players.
+
+        The player `model` is the model itself; a player of any other name is the model's attribute of that name.
+        """
+        raise NotImplementedError
 
 
 class InitialisationSettings(Settings):

@@ -2,9 +2,9 @@
 
 Per situation the truth is known: the mean over 4000 pairs of sets. "plain" draws again from the observed proportions
 and takes percentiles; "factor" first shrinks all differences by one factor s, s^2 = max(0, 1 - 1 / mean(z^2)), and
-takes percentiles; "ours" is `eval.resampling.intervals`. Coverage has a standard error of sqrt(0.05 * 0.95 / pairs),
-1.3 % with 300 pairs (the default; the argument). `sd` is the score's true standard deviation, the others the mean of
-what each method's interval says (width / 3.92).
+takes percentiles; "ours" is `eval.metrics.resampling.intervals`. Coverage has a standard error of
+sqrt(0.05 * 0.95 / pairs), 1.3 % with 300 pairs (the default; the argument). `sd` is the score's true standard
+deviation, the others the mean of what each method's interval says (width / 3.92).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from collections.abc import Callable
 import numpy as np
 from scipy import stats
 
-from eval.bin_tests import z_statistic
-from eval.resampling import flagged_bins, intervals, js_of_counts
+from eval.metrics.bin_tests import z_statistic
+from eval.metrics.resampling import flagged_bins, intervals, js_of_counts
 
 Z = float(stats.norm.isf(0.025))
 RULE = {"level": 0.05, "z_threshold": Z}

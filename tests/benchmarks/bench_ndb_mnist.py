@@ -24,7 +24,7 @@ from mnist_files import blocks
 from data.pixels import scale
 from eval.arrays import bins_of, labels_of
 from eval.bins import Bins, BinSettings
-from eval.ndb import NDBResult, score
+from eval.metrics.ndb import NDBResult, score
 
 RULES = {"z > 3": {"z_threshold": 3.0}, "z > 4": {"z_threshold": 4.0}, "p < 0.05": {"significance": 0.05}}
 
@@ -41,8 +41,8 @@ def false_alarms(found: list[NDBResult], level: float = 0.05) -> None:
     rates = np.array([r.ndb_over_k for r in found])
     print(f"\nfalse alarms of {n} random validation splits, {bins} bins, p < {level:g} (nominal {level:.0%})")
     error = rates.std(ddof=1) / np.sqrt(n)
-    extent = f"{rates.min():.0%} to {rates.max():.0%}"
-    print(f"flagged bins, uncorrected          {rates.mean():.2%} ± {error:.2%} ({extent})")
+    told = f"{rates.mean():.2%} ± {error:.2%} ({rates.min():.0%} to {rates.max():.0%})"
+    print(f"{'flagged bins, uncorrected':<35}{told}")
     js = np.array([r.js_floor.p_value < level for r in found])
     for name, any_flagged in (
         ("any flagged bin, uncorrected", rates > 0),

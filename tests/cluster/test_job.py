@@ -97,20 +97,24 @@ def test_registered_model_samples_and_evaluates(finished_job, monkeypatch, capfd
 
 def test_run_and_evaluate_share_one_protocol(finished_job):
     """The demo's row and a later `evaluate` of the same held-out data are the same score, to the last digit."""
-    from cluster.progress import Stages
-    from cluster.scoring import score_samples
-    from data.samples import load_samples
+    from data.partitions import open_partitions
     from eval.bins import BinSettings
+    from eval.comparison import judge
+    from eval.evaluate import Rule
+    from eval.measure import local_pass
+    from eval.reference import Reference, fit_reference
+    from eval.scores import ScoreSettings
 
     then = finished_job.summary["models"][0]
-    shards = str(finished_job.folder / "shards")
-    now = score_samples(
-        *(load_samples(shards, split="test"), load_samples(shards, split="train"), BinSettings(n_bins=20)),
-        **{"z_threshold": 3.0, "significance": None, "report": None, "stages": Stages(quiet=True)},
-    ).to_dict()
-    for key in ("bins_fingerprint", "reference_fingerprint", "reference"):
-        assert now["protocol"][key] == then["protocol"][key]
-    assert (now["ndb"], now["js"]) == (then["ndb"], then["js"])
+    known, held = (open_partitions(str(finished_job.folder / "shards"), split=split) for split in ("train", "test"))
+    kept = Reference.load(str(finished_job.folder / "reference"))
+    anew = fit_reference(known, local_pass(known), [BinSettings(n_bins=20)], ScoreSettings(()))
+    for reference in (kept, anew):
+        row = judge(held, local_pass(held), reference, name="held", rule=Rule(3.0), scores=ScoreSettings(()))
+        now = row.to_dict()
+        for key in ("bins_fingerprint", "reference_fingerprint", "reference"):
+            assert now["protocol"][key] == then["protocol"][key]
+        assert (now["ndb"], now["js"]) == (then["ndb"], then["js"])
 
 
 def test_a_changed_source_is_packed_again(tmp_path):

@@ -1,6 +1,7 @@
 import errno
 import json
 import tarfile
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -215,3 +216,56 @@ def test_verify_names_the_shard(tmp_path):
     path.write_bytes(data)
     with pytest.raises(UserError, match=r"test-000000\.tar.*pack again"):
         manifests.verify(manifest)
+
+
+def members(manifest, split="train"):
+    return [rows for shard in manifest.splits[split].shards for rows, _ in shard.members]
+
+
+def test_many_vectors_are_packed_in_large_members(tmp_path):
+    """A 64th of the split, up to 16,384 rows and 4 MiB; never smaller than the members of images."""
+    for n, width, rows in ((5000, 3, 1000), (192_000, 3, 3000), (1_200_000, 1, 16_384), (6000, 2000, 131)):
+        np.save(tmp_path / "x.npy", np.zeros((n, width), np.float32))
+        source = open_source(f"array:{tmp_path / 'x.npy'}", SourceOptions(test_fraction=0, shuffle=False))
+        manifest = shards.pack(source, str(tmp_path / "p"))
+        assert set(members(manifest)[:-1]) == {rows}
+        assert sum(members(manifest)) == n
+        assert len(members(manifest)) >= min(64, n // 1000) or width == 2000
+        manifests.verify(manifest)
+    manifest = shards.pack(source, str(tmp_path / "p"), rows_per_block=400)
+    assert members(manifest)[0] == 400
+    manifest = shards.pack(source, str(tmp_path / "p"), rows_per_block=100_000)
+    assert members(manifest)[0] == (4 << 20) // 8000
+    routed = shards.write_shard(str(tmp_path / "a.tar"), source.blocks("train", 700), n_samples=6000)
+    assert routed.members[0][0] == 131
+
+
+def test_images_are_packed_as_ever(tmp_path):
+    """Bytes of packs that exist: a changed fingerprint would make jobs start anew."""
+    x = (np.arange(3000 * 20 * 20 * 3) % 251).astype(np.uint8).reshape(3000, 20, 20, 3)
+    np.savez(tmp_path / "x.npz", x=x, y=np.arange(3000) % 7)
+    manifest = shards.pack(open_source(f"array:{tmp_path / 'x.npz'}"), str(tmp_path / "p"))
+    assert members(manifest) == [873, 873, 654]
+    assert manifest.fingerprint.startswith("a27e01e867b403bb")
+
+
+def test_what_is_read_may_be_written_to(tmp_path):
+    manifest = shards.pack(array_source(tmp_path), str(tmp_path / "p"))
+    first, second = (next(stream.read_blocks(manifest, "train")) for _ in range(2))
+    for name in ("x", "label"):
+        first[name][:] = 0
+        assert first[name].flags.aligned
+        assert second[name].any()
+
+
+def test_memory_of_packing_does_not_grow_with_the_file(tmp_path):
+    """Beyond the row numbers (8 bytes a sample, at most three times at once) nothing grows with the file."""
+    peaks = []
+    for n in (20_000, 200_000):
+        np.save(tmp_path / "x.npy", np.ones((n, 128), np.float32))
+        tracemalloc.start()
+        source = open_source(f"array:{tmp_path / 'x.npy'}", SourceOptions())
+        shards.pack(source, str(tmp_path / "p"), rows_per_block=1000)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < peaks[0] + 3 * 8 * 180_000 + (1 << 20)

@@ -6,6 +6,7 @@ import zipfile
 import numpy as np
 import pytest
 from PIL import Image
+from pydantic import ValidationError
 
 from data.errors import UserError
 from data.sources import SourceOptions, open_source
@@ -253,3 +254,63 @@ def test_svhn_reads_matlab_files(tmp_path):
     (tmp_path / "test_32x32.mat").unlink()
     with pytest.raises(UserError, match="no file test_32x32.mat"):
         open_source(f"svhn:{tmp_path}", SourceOptions())
+
+
+def kept_rows(source, split="train"):
+    block = gather(source, split)
+    return {(int(label), int(row[0])) for label, row in zip(block["label"], block["x"])}
+
+
+@pytest.fixture
+def labelled(tmp_path):
+    """1000 samples of four classes; the first feature is the sample's number."""
+    x = np.stack([np.arange(1000), np.zeros(1000)], axis=1).astype(np.float32)
+    np.savez(tmp_path / "x.npz", x=x, y=10 * (np.arange(1000) % 4))
+    return f"array:{tmp_path / 'x.npz'}"
+
+
+@pytest.mark.parametrize("options", [{}, {"max_samples": 300}, {"test_fraction": 0}, {"shuffle": False}])
+def test_class_ratios_thin_the_training_split(labelled, options):
+    def opened(ratios, seed=3):
+        return open_source(labelled, SourceOptions(seed=seed, class_ratios=ratios, **options))
+
+    whole, half, tenth = opened(None), opened({"20": 0.5}), opened({20: 0.1})
+    rows = {name: kept_rows(source) for name, source in (("whole", whole), ("half", half), ("tenth", tenth))}
+    of_class = {name: {row for row in found if row[0] == 20} for name, found in rows.items()}
+    assert rows["whole"] - of_class["whole"] == rows["half"] - of_class["half"] == rows["tenth"] - of_class["tenth"]
+    assert of_class["tenth"] < of_class["half"] < of_class["whole"]
+    assert len(of_class["half"]) == round(0.5 * len(of_class["whole"]))
+    assert len(of_class["tenth"]) == round(0.1 * len(of_class["whole"]))
+    if options.get("test_fraction") != 0:
+        assert kept_rows(whole, "test") == kept_rows(tenth, "test")
+    assert rows["half"] == kept_rows(opened({"20": 0.5}))
+    assert rows["half"] != kept_rows(opened({"20": 0.5}, seed=4))
+    assert opened({20: 0.1, "0": 0}).options["class_ratios"] == {"20": 0.1, "0": 0.0}
+
+
+def test_class_ratios_by_name(tmp_path):
+    for name, n in (("cat", 6), ("dog", 6), ("1", 6)):
+        for i in range(n):
+            image(tmp_path / name / f"{i}.png", value=i)
+    source = open_source(f"images:{tmp_path}", SourceOptions(test_fraction=0, class_ratios={"dog": 0, 1: 0.5}))
+    # A name is looked for first: the folder "1" is label 0, and label 1 is the cats.
+    assert np.bincount(gather(source, "train")["label"], minlength=3).tolist() == [3, 6, 0]
+    by_number = open_source(f"images:{tmp_path}", SourceOptions(test_fraction=0, class_ratios={"2": 0}))
+    assert np.bincount(gather(by_number, "train")["label"], minlength=3).tolist() == [6, 6, 0]
+    with pytest.raises(UserError, match="'dog' twice|'2' twice"):
+        open_source(f"images:{tmp_path}", SourceOptions(class_ratios={"dog": 0.5, "2": 0.5}))
+    with pytest.raises(UserError, match="'cow', which is unknown: choose of 1, cat, dog"):
+        open_source(f"images:{tmp_path}", SourceOptions(class_ratios={"cow": 0.5}))
+
+
+def test_class_ratios_that_cannot_be_are_refused(labelled, tmp_path):
+    with pytest.raises(UserError, match="'7', which is unknown: choose of 0, 10, 20, 30"):
+        open_source(labelled, SourceOptions(class_ratios={"7": 0.5}))
+    with pytest.raises(UserError, match="no training sample"):
+        open_source(labelled, SourceOptions(class_ratios={str(label): 0 for label in (0, 10, 20, 30)}))
+    np.save(tmp_path / "x.npy", np.ones((20, 3)))
+    with pytest.raises(UserError, match="no labels"):
+        open_source(f"array:{tmp_path / 'x.npy'}", SourceOptions(class_ratios={"0": 0.5}))
+    for ratios in ({"0": 1.5}, {"0": -0.1}, {"0": float("nan")}, {"0": "much"}, {0: 0.5, "0": 0.25}):
+        with pytest.raises(ValidationError, match="class_ratios"):
+            SourceOptions(class_ratios=ratios)

@@ -226,3 +226,24 @@ def test_vectors_cannot_be_mirrored(tmp_path, array_file):
     manifest = shards.pack(open_source(f"array:{array_file(np.zeros((20, 3), np.float32))}"), str(tmp_path / "vectors"))
     with pytest.raises(UserError, match="cannot be mirrored"):
         stream.ShardStream(manifest, "train", batch_size=5, seed=0, augment=["mirror"])
+
+
+def test_large_blocks_of_vectors_mix_and_are_shared(tmp_path):
+    """An unshuffled pack: each batch comes from the many blocks of a group, evenly, and all ranks have work."""
+    n = 200_000
+    np.savez(tmp_path / "x.npz", x=np.zeros((n, 4), np.float32), y=np.arange(n))
+    source = open_source(f"array:{tmp_path / 'x.npz'}", SourceOptions(test_fraction=0, shuffle=False))
+    manifest = shards.pack(source, str(tmp_path / "p"))
+    reader = stream.SplitReader(manifest, "train")
+    assert len(reader) == 64
+    for lanes in (1, 4):
+        found = list(stream.ShardStream(manifest, "train", batch_size=512, seed=0, lanes=lanes).epoch(0))
+        assert len(np.unique(labels(found))) == 512 * len(found) > n - 512
+        for batch in found[:4]:
+            blocks = np.searchsorted(reader.starts, batch["label"].numpy(), "right")
+            sizes = np.unique(blocks, return_counts=True)[1]
+            # Alone a block has 64 of the 512 rows on average: below 24 has odds of 1e-6.
+            assert len(sizes) == 8 * lanes
+            assert lanes > 1 or sizes.min() >= 24
+    shares = [sum(len(b["x"]) for b in stream.read_blocks(manifest, "train", rank=r, world_size=16)) for r in range(16)]
+    assert max(shares) - min(shares) <= 3125

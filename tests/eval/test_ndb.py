@@ -8,8 +8,8 @@ import pytest
 from scipy import stats
 from scipy.spatial.distance import jensenshannon
 
-from eval.ndb import js_divergence, score, two_proportion_z
-from eval.resampling import flagged_bins, intervals, js_of_counts
+from eval.metrics.ndb import js_divergence, score, two_proportion_z
+from eval.metrics.resampling import flagged_bins, intervals, js_of_counts
 
 
 def plain_ndb(reference_labels, sample_labels, n_bins, threshold):
@@ -195,18 +195,18 @@ def test_bins_that_are_empty_in_both_sets_are_no_tests():
 
 
 def test_js_floor_is_the_chi_square_s_and_tells_a_difference():
-    """The mean of 1000 draws has a relative standard error of 0.5 %, and the expansion one of 0.1 % here."""
+    """The mean of 499 draws has a relative standard error of 0.6 %, the quantile one of 1.3 %."""
     rng = np.random.default_rng(4)
     proportions = rng.dirichlet(np.full(100, 20.0))
     a, b = rng.multinomial(45_000, proportions), rng.multinomial(20_000, proportions)
     floor = score(a, b).js_floor
     scale = (1 / 45_000 + 1 / 20_000) / 8
     assert floor.mean == pytest.approx(99 * scale, rel=0.03)
-    assert floor.quantile == pytest.approx(stats.chi2.ppf(0.95, 99) * scale, rel=0.04)
+    assert floor.quantile == pytest.approx(stats.chi2.ppf(0.95, 99) * scale, rel=0.06)
     chi_square = stats.chi2.sf(js_divergence(a, b) / scale, 99)
-    assert floor.p_value == pytest.approx(chi_square, abs=0.09)  # 5 standard errors
+    assert floor.p_value == pytest.approx(chi_square, abs=0.11)  # 5 standard errors
     b[0] = 0
-    assert score(a, b).js_floor.p_value == 1 / 1001
+    assert score(a, b).js_floor.p_value == 1 / 500
     assert score(a, a).js_floor.p_value == 1
 
 

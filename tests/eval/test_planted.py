@@ -5,15 +5,15 @@ import pytest
 from scipy import stats
 
 from data.errors import UserError
-from eval import ndb
 from eval.arrays import bins_of, labels_of
 from eval.bins import BinSettings
-from eval.kernel import kernel_distance
-from eval.manifold import manifold_scores
-from eval.moments import Moments, frechet_distance
+from eval.metrics import ndb
+from eval.metrics.kernel import kernel_distance
+from eval.metrics.manifold import manifold_scores
+from eval.metrics.moments import Moments, frechet_distance
+from eval.metrics.transport import sliced_wasserstein
 from eval.planted import MEASURES, Measure, Measuring, measure, plant, room
 from eval.power import Power, allowed, power_curves, power_of
-from eval.transport import sliced_wasserstein
 
 
 def moments_of(x):

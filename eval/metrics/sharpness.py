@@ -14,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 from scipy import ndimage
 
-from eval import checks
+from eval.metrics import checks
 
 # The paper names no width; one pixel separates edges and texture from shape at the sizes it uses.
 DEFAULT_SIGMA = 1.0

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from eval import resampling
-from eval.bin_tests import benjamini_hochberg, exact_test, holm, needs_exact, z_statistic
+from eval.metrics import resampling
+from eval.metrics.bin_tests import benjamini_hochberg, exact_test, holm, needs_exact, z_statistic
 
 DEFAULT_SIGNIFICANCE = 0.05
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from eval import checks
+from eval.metrics import checks
 
 
 @dataclass(frozen=True)

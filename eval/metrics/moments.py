@@ -2,7 +2,7 @@
 
 Sources: M. Heusel et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium", NeurIPS
 2017, equation 6; T. Chan, G. Golub and R. LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample
-Variances", 1979. Imports only NumPy and SciPy; faults raise `ValueError`.
+Variances", 1979. Imports only NumPy, torch and SciPy; faults raise `ValueError`.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from typing import Self
 
 import numpy as np
+import torch
 from scipy.linalg import lapack
 
-from eval import checks
+from eval.metrics import checks
 
 MAX_FEATURES = 8192
 _BLOCK_ROWS = 4096
@@ -111,7 +112,8 @@ def frechet_distance(a: Moments, b: Moments) -> float:
         ValueError: different numbers of features, or fewer than two samples.
     """
     product = _factor(a).T @ _factor(_same_features(a, b))
-    overlap = float(np.linalg.svd(product, compute_uv=False).sum()) if product.size else 0.0
+    # torch's LAPACK: several times faster than NumPy's on a busy machine.
+    overlap = float(torch.linalg.svdvals(torch.from_numpy(product)).sum())
     spread = float(np.trace(a.covariance()) + np.trace(b.covariance()))
     # Rounding may leave -1e-14 for equal sets, and a squared distance is never negative.
     return max(0.0, float(np.square(a.mean - b.mean).sum()) + spread - 2 * overlap)
@@ -136,7 +138,8 @@ def frechet_standard_error(a: Moments, b: Moments, features_a: np.ndarray, featu
     if subsamples[0].shape[1] != len(a.mean):
         raise ValueError(f"the subsamples have {subsamples[0].shape[1]} features, the moments {len(a.mean)}")
     factor_a, factor_b = _factor(a), _factor(_same_features(a, b))
-    left, spread, right = np.linalg.svd(factor_a.T @ factor_b, full_matrices=False)
+    product = torch.from_numpy(factor_a.T @ factor_b)
+    left, spread, right = (part.numpy() for part in torch.linalg.svd(product, full_matrices=False))
     kept = spread > _SMALLEST_SPREAD * spread.max(initial=0.0)
     root = 1 / np.sqrt(spread[kept])
     # The map to a is to_a to_aᵀ, its inverse to_b to_bᵀ: (L_a U) Σ⁻¹ (L_a U)ᵀ and (L_b V) Σ⁻¹ (L_b V)ᵀ.

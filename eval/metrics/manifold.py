@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from scipy import stats
 
-from eval import checks
+from eval.metrics import checks
 
 DEFAULT_NEIGHBOURS = 5
-_BLOCK_ROWS, _BLOCK_COLUMNS = 1024, 8192
+_BLOCK_ROWS, _BLOCK_COLUMNS = 1024, 4096
 # Beyond so many features the bound on float32 products leaves too much to be settled one by one.
 _FLOAT32_FEATURES = 16_384
 # Neighbours beyond the k-th that are kept, to tell whether rounding could have changed which is the k-th.
@@ -116,11 +116,10 @@ def manifold_scores(
     for rows in _slices(len(x), _BLOCK_ROWS):
         for columns in _slices(len(y), _BLOCK_COLUMNS):
             distances, tolerance = blocks.squared(rows, columns)
-            in_x = blocks.within(distances, tolerance, rows, columns, balls_x[rows, None])
-            around[columns] += in_x.sum(0).numpy()
-            covered[rows] |= in_x.any(1).numpy()
-            in_y = blocks.within(distances, tolerance, rows, columns, balls_y[None, columns])
-            recalled[rows] |= in_y.any(1).numpy()
+            i, j = blocks.within(distances, tolerance, rows, columns, balls_x[rows, None])
+            around[columns] += np.bincount(j, minlength=columns.stop - columns.start)
+            covered[rows.start + i] = True
+            recalled[rows.start + blocks.within(distances, tolerance, rows, columns, balls_y[None, columns])[0]] = True
     precision, recall, coverage = float(np.mean(around > 0)), float(recalled.mean()), float(covered.mean())
     return ManifoldScores(
         precision=precision,
@@ -273,19 +272,21 @@ class _Distances:
 
     def within(
         self, distances: torch.Tensor, tolerance: np.ndarray, rows: slice, columns: slice, limits: np.ndarray
-    ) -> torch.Tensor:
-        """Which exact squared distances are at most `limits` (`[rows, 1]` or `[1, columns]`, not scaled)."""
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The pairs, `[n]` rows and `[n]` columns of the block, whose exact squared distance is at most their limit.
+
+        `limits` `[rows, 1]` or `[1, columns]` are not scaled. Few pairs are inside, so they are listed, not masked.
+        """
         scaled = limits / self.scale**2
         # The limits are rounded too.
-        margin = tolerance[:, None] + np.finfo(self.dtype).eps * scaled.max()
-        excess = distances - torch.from_numpy(scaled.astype(self.dtype))
-        inside = excess <= 0
-        row, column = torch.nonzero(excess.abs_() <= torch.from_numpy(margin.astype(self.dtype)), as_tuple=True)
-        if len(row):
-            i, j = row.numpy(), column.numpy()
-            exact = self.exact(i + rows.start, j + columns.start)
-            inside[row, column] = torch.from_numpy(exact <= np.broadcast_to(limits, inside.shape)[i, j])
-        return inside
+        margin = float(tolerance.max() + 4 * np.finfo(self.dtype).eps * scaled.max())
+        inside = torch.nonzero(distances <= torch.from_numpy((scaled + margin).astype(self.dtype)), as_tuple=True)
+        i, j = inside[0].numpy(), inside[1].numpy()
+        limit = np.broadcast_to(limits, distances.shape)[i, j]
+        unsure = np.flatnonzero(distances[inside].numpy() > limit / self.scale**2 - margin)
+        kept = np.ones(len(i), bool)
+        kept[unsure] = self.exact(i[unsure] + rows.start, j[unsure] + columns.start) <= limit[unsure]
+        return i[kept], j[kept]
 
     def exact(self, i: np.ndarray, j: np.ndarray) -> np.ndarray:
         """Squared distances `[n]` of single pairs by their float64 differences, not scaled."""

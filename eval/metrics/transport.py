@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from eval import checks
+from eval.metrics import checks
 
 MAX_PAIRS = 4 * 10**8
-_BLOCK_VALUES = 2**20
+# A block of the cost matrix and its exponentials stay in the cache over the passes of one iteration.
+_BLOCK_VALUES = 2**19
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,11 @@ class SlicedWasserstein:
 class SinkhornDivergence:
     """The divergence, in squared units of the features, and how it was reached.
 
-    `value` is debiased entropic transport (Feydy et al.): 0 for equal sets, positive otherwise. `plan_cost` is the same
-    difference for the mere costs <π, C> of the three plans (Genevay et al.), which may be negative. `regularisation`
-    is the absolute ε, `mean_cost` what it was measured by; `iterations` and `violation` (L1, of the worst marginal) are
-    the largest of the three problems, and `converged` tells whether every violation is within the tolerance.
+    `value` is debiased entropic transport (Feydy et al.): 0 for equal sets (up to rounding), else positive. `plan_cost`
+    is the same difference for the mere costs <π, C> of the three plans (Genevay et al.), which may be negative.
+    `regularisation` is the absolute ε, `mean_cost` what it was measured by; `iterations` and `violation` (L1, of the
+    worst marginal) are the largest of the three problems, and `converged` tells whether every violation is within the
+    tolerance.
     """
 
     value: float
@@ -114,7 +116,7 @@ def sinkhorn_divergence(
     ε is `regularisation` times the mean of C over all pairs (x, y) of the two sets. Potentials are updated in the log
     domain, f and g in turn between two sets, f ← (f + Tf)/2 within one, until the marginals of the plan are within
     `tolerance` (L1) of uniform, `max_iterations` at the most; the dual value then is off by the order of its square.
-    The cost matrix is held once, in `dtype`; sums and potentials are float64.
+    The cost matrix is held once, in `dtype`; potentials are float64.
 
     Raises:
         ValueError: unusable features or settings, or more than 4e8 pairs.
@@ -163,7 +165,7 @@ def _cost(x: np.ndarray, y: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
     """Squared distances `[n, m]`, by blocks of one float64 product each."""
     cost = torch.empty((len(x), len(y)), dtype=dtype)
     x_squares, y_squares = np.square(x).sum(1), np.square(y).sum(1)
-    rows = max(1, 4 * _BLOCK_VALUES // len(y))
+    rows = max(1, 8 * _BLOCK_VALUES // len(y))
     for start in range(0, len(x), rows):
         block = (-2 * x[start : start + rows]) @ y.T
         block += x_squares[start : start + rows, None]
@@ -194,17 +196,19 @@ def _transport(cost: torch.Tensor, tolerance: float, max_iterations: int, *, sym
             total = torch.logaddexp(total, torch.logsumexp(f[part, None] - cost[part].double(), 0))
         g = np.log(n) - total
     iterations, violation = 0, np.inf
+    buffer = torch.empty((min(rows, n), m), dtype=cost.dtype)
     while True:
         row_sums, column_sums, plan_cost = torch.empty_like(f), torch.zeros_like(g), 0.0
+        f_rough, g_rough = f.to(cost.dtype), g.to(cost.dtype)
         final = iterations == max_iterations or violation <= tolerance
         for part in parts:
-            density = torch.sub(g.to(cost.dtype), cost[part])
-            density += f[part, None].to(cost.dtype)
+            density = torch.sub(g_rough, cost[part], out=buffer[: part.stop - part.start])
+            density += f_rough[part, None]
             density.exp_()
-            sums = density.sum(1, dtype=torch.float64) / m
+            sums = density.sum(1).double() / m
             row_sums[part] = sums
             if final:
-                plan_cost += float((density * cost[part]).sum(dtype=torch.float64)) / n / m
+                plan_cost += float(torch.linalg.vecdot(density, cost[part]).double().sum()) / n / m
             elif not symmetric:
                 column_sums += ((1 / (n * sums)).to(cost.dtype) @ density).double()
         if final:

@@ -19,7 +19,7 @@ _TAIL = 64
 
 
 def z_statistic(reference: np.ndarray, samples: np.ndarray) -> np.ndarray:
-    """The pooled two-proportion z `[..., K]` (see `eval.ndb.two_proportion_z`); 0 where its error is 0."""
+    """The pooled two-proportion z `[..., K]` (see `eval.metrics.ndb.two_proportion_z`); 0 where its error is 0."""
     n_reference, n_samples = reference.sum(-1, keepdims=True), samples.sum(-1, keepdims=True)
     pooled = (reference + samples) / (n_reference + n_samples)
     error = np.sqrt(pooled * (1 - pooled) * (1 / n_reference + 1 / n_samples))

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eval.bin_tests import exact_test, needs_exact, z_statistic
+from eval.metrics.bin_tests import exact_test, needs_exact, z_statistic
 
-# Replicates for few bins; for many, as many as keep the work at so many draws of a bin.
-_MOST_REPLICATES, _DRAWS = 1000, 1_000_000
+# Replicates for few bins; for many, as many as keep the work at so many draws of a bin. The floor needs fewer.
+_MOST_REPLICATES, _MOST_FLOOR_DRAWS, _DRAWS = 1000, 499, 1_000_000
 # Stands for 0 in logarithms that are multiplied by 0.
 _TINY = np.finfo(np.float64).tiny
 # Beyond this |z| a difference is taken as it is: there is nothing to shrink, and z is no longer of variance 1.
@@ -45,11 +45,10 @@ def replicates_for(bins: int) -> int:
 
 
 def js_of_counts(reference: np.ndarray, samples: np.ndarray) -> np.ndarray:
-    """JS divergence (nats) `[...]` of counts `[..., K]` (see `eval.ndb.js_divergence`)."""
+    """JS divergence (nats) `[...]` of counts `[..., K]` (see `eval.metrics.ndb.js_divergence`)."""
     p = reference / reference.sum(-1, keepdims=True)
     q = samples / samples.sum(-1, keepdims=True)
-    middle = (p + q) / 2
-    middle = np.maximum(middle, _TINY)
+    middle = np.maximum((p + q) / 2, _TINY)
     terms = p * np.log(np.maximum(p, _TINY) / middle) + q * np.log(np.maximum(q, _TINY) / middle)
     # Rounding may leave -1e-17 for equal distributions, and a divergence is never negative.
     return np.maximum(terms.sum(-1) / 2, 0.0)
@@ -59,10 +58,11 @@ def js_floor(reference: np.ndarray, samples: np.ndarray, seed: int) -> Floor:
     """What the JS divergence is where both sets are multinomial draws from their pooled proportions.
 
     Its mean is about (K' - 1) / 8 (1 / n1 + 1 / n2) for K' bins that are not empty, the first term of the expansion
-    of JS as chi-square. The p-value is (1 + draws as large as the observed) / (1 + draws), never zero.
+    of JS as chi-square; it is larger where counts are small. The p-value is (1 + draws as large as the observed) /
+    (1 + draws), never zero.
     """
     rng = np.random.default_rng([seed, 0])
-    pooled, draws = reference + samples, replicates_for(len(reference))
+    pooled, draws = reference + samples, min(_MOST_FLOOR_DRAWS, replicates_for(len(reference)))
     first, second = (rng.multinomial(int(c.sum()), pooled / pooled.sum(), draws) for c in (reference, samples))
     simulated, observed = js_of_counts(first, second), float(js_of_counts(reference, samples))
     exceeding = np.count_nonzero(simulated >= observed - 1e-12)

@@ -15,7 +15,7 @@ from typing import Any, Self
 import numpy as np
 from scipy.special import rel_entr, xlogy
 
-from eval import checks
+from eval.metrics import checks
 
 # How far probabilities in half precision may miss their range and their sum.
 _TOLERANCE = 2e-3
@@ -75,7 +75,8 @@ class Predictions:
         members = (split == np.arange(splits)[:, None]).astype(np.float64)
         self.counts += np.bincount(split, minlength=splits)
         self.sums += members @ p
-        self.entropies -= members @ xlogy(p, p).sum(axis=1)
+        # 0 log 0 = 0; the floor is below any float32, and far faster than asking each value.
+        self.entropies -= members @ np.einsum("nc,nc->n", p, np.log(np.maximum(p, 1e-300)))
         self.predicted += np.bincount(p.argmax(axis=1), minlength=n_classes)
 
     def merge(self, other: Self) -> None:

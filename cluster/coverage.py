@@ -1,0 +1,140 @@
+"""Judges what draws samples: bins of the data and NDB, likelihoods and baselines, under one protocol."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from cluster.fitting import Trained
+from cluster.models import LocalModel
+from cluster.progress import console
+from cluster.recipe import Recipe
+from cluster.verdict import Verdict
+from data.errors import UserError
+from data.manifest import Manifest
+from data.partitions import PackPartitions
+from data.stream import read_blocks
+from eval import figures
+from eval.baselines import fit_gaussian_mixture
+from eval.comparison import Comparison, JudgedData, compare, report_sections
+from eval.drawn import Density
+from eval.evaluate import Rule
+from eval.report import ReportFigure, ReportSection
+from eval.scores import ScoreSettings
+from trainer.checkpoint import load_model
+from trainer.settings import TEST_SPLIT, TRAIN_SPLIT
+
+UNIT = "models"  # of progress
+
+
+def can_be_judged(recipe: Recipe, manifest: Manifest) -> None:
+    """Refuses, before training, data that the evaluation would refuse after it."""
+    for split in (TRAIN_SPLIT, TEST_SPLIT):
+        n, bins = manifest.n_samples(split), recipe.evaluation.bins
+        if min(n, bins.max_samples or n) < bins.n_bins:
+            raise UserError(
+                f"{manifest.name}: the {split} split has {n} samples for {bins.n_bins} bins: use more data, or lower "
+                "evaluation.bins.n_bins"
+            )
+
+
+def judge(recipe: Recipe, trained: Trained, advance: Any) -> Verdict:
+    """Judges baselines, root and final model by bins of the training data."""
+    comparison, name = _evaluate(recipe, trained, advance)
+    row, held_out = comparison.row(name), comparison.rows[0]
+    result, reference = row.evaluation.result, comparison.reference
+
+    def sections() -> list[ReportSection]:
+        return report_sections(comparison, row, (held_out.name, held_out.samples)) + _component_sections(trained)
+
+    return Verdict(
+        metrics=_metrics(comparison, name),
+        table=comparison.table(),
+        models=[one.to_dict() for one in comparison.rows],
+        protocol=row.evaluation.protocol,
+        lead=f"{name}, trained on {reference.name}: {result.ndb} of {result.bins} bins differ from the data.",
+        sections=sections,
+        save=lambda folder: reference.save(str(folder / "reference")),
+    )
+
+
+def _evaluate(recipe: Recipe, trained: Trained, advance: Any) -> tuple[Comparison, str]:
+    """Judges baselines, root and final model; returns the comparison and the final model's name in it."""
+    settings, manifest = recipe.evaluation, trained.manifest
+    noise = settings.seed if recipe.training.dequantises(manifest.levels) else None
+    data = JudgedData(
+        PackPartitions(manifest, TRAIN_SPLIT),
+        PackPartitions(manifest, TEST_SPLIT),
+        "held-out data",
+        _rows(manifest, TEST_SPLIT, noise),
+        manifest.levels if noise is not None else None,
+    )
+    models: dict[str, Density] = {}
+    components = getattr(recipe.model, "n_components", 1)  # a family without components is one
+    if settings.baselines:
+        train = _rows(manifest, TRAIN_SPLIT, noise).reshape(manifest.n_samples(TRAIN_SPLIT), -1)
+        if len(train) <= train.shape[1]:
+            console.print(
+                f"no full-covariance baselines: {len(train)} samples cannot determine a covariance of {train.shape[1]} "
+                "features"
+            )
+        for kind in settings.baselines if len(train) > train.shape[1] else ():
+            k = 1 if kind == "gaussian" else components
+            label = "single Gaussian, full covariance" if k == 1 else f"Gaussian mixture, full covariance, K={k}"
+            advance(0, text=f"fitting {label}")
+            models[label] = fit_gaussian_mixture(train, k, settings.seed)
+    models[recipe.model.label] = LocalModel(trained.root_model)
+    name = next(reversed(models))
+    if recipe.hierarchy:
+        flat = LocalModel(trained.model)
+        name = f"hierarchical MFA, K={flat.model.n_components}"
+        models[name] = flat
+    comparison = compare(
+        data,
+        models,
+        settings.bins,
+        n_samples=settings.n_samples,
+        seed=settings.seed,
+        rule=Rule(settings.z_threshold, settings.significance),
+        scores=ScoreSettings(()),
+        on_model=lambda done, label: advance(done, total=len(models), text=label),
+    )
+    return comparison, name
+
+
+def _rows(manifest: Manifest, split: str, dequantise_seed: int | None) -> np.ndarray:
+    return np.concatenate([b["x"] for b in read_blocks(manifest, split, dequantise_seed=dequantise_seed)])
+
+
+def _metrics(comparison: Comparison, name: str) -> dict[str, float]:
+    row = comparison.row(name)
+    result, likelihood = row.evaluation.result, row.log_likelihood
+    metrics = {"ndb": float(result.ndb), "ndb_over_k": float(result.ndb_over_k), "js": float(result.js)}
+    if likelihood is not None:
+        metrics["test_log_likelihood"] = likelihood.mean
+        metrics["test_log_likelihood_se"] = likelihood.standard_error
+        if likelihood.bits_per_dimension is not None:
+            metrics["bits_per_dimension"] = likelihood.bits_per_dimension
+    return metrics
+
+
+def _component_sections(trained: Trained) -> list[ReportSection]:
+    model, _ = load_model(trained.model)
+    if not hasattr(model, "factor_loadings"):
+        return []
+    shape = trained.manifest.shape
+    loadings = model.factor_loadings.detach().numpy()
+    picture = figures.components(
+        model.means.detach().numpy().reshape(-1, *shape),
+        model.noise_variance.detach().sqrt().numpy().reshape(-1, *shape),
+        loadings.reshape(len(loadings), *shape, -1),
+        model.mixing_coefficients.detach().numpy(),
+    )
+    return [
+        ReportSection(
+            "Components",
+            "The components with the largest mixing coefficients: mean, noise, and the directions of the factors.",
+            [ReportFigure("Components", picture, "Mean μ, noise, and μ ± A for each factor.", "Component pictures")],
+        )
+    ]

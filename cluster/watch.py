@@ -1,0 +1,103 @@
+"""Drift: a new batch against a fitted reference, with a history that judges all batches together."""
+
+from __future__ import annotations
+
+import json
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+
+from data import storage
+from data.errors import UserError
+from eval.comparison import Row
+from eval.metrics import ndb
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """A batch has drifted where more bins are flagged after Holm's correction, or JS is above the limit.
+
+    `js` None takes the 95 % quantile of the JS that two sets of one distribution show at these sizes.
+    """
+
+    ndb: int = 0
+    js: float | None = None
+
+
+def verdict(result: ndb.NDBResult, thresholds: Thresholds) -> dict[str, Any]:
+    """JSON-safe: the corrected NDB and JS, their limits, and whether one is passed."""
+    limit = result.js_floor.quantile if thresholds.js is None else thresholds.js
+    return {
+        "ndb": result.ndb,
+        "ndb_holm": result.ndb_holm,
+        "ndb_limit": thresholds.ndb,
+        "js": result.js,
+        "js_limit": limit,
+        "drift": bool(result.ndb_holm > thresholds.ndb or result.js > limit),
+    }
+
+
+def record(row: Row, thresholds: Thresholds, history: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Appends a batch to the history (one JSON object a line); returns its verdict and that of all batches together.
+
+    Counts add, so all batches are judged without reading them again. A batch that is there already (the same
+    samples) takes the place of the earlier one; one that shall no longer count is removed by deleting its line.
+
+    Raises:
+        UserError: the history is damaged, of other bins, or cannot be written.
+    """
+    evaluation = row.evaluation
+    result, protocol = evaluation.result, evaluation.protocol
+    place = storage.check_url(history)
+    entry = {
+        "format": _FORMAT,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "samples": row.name,
+        "samples_fingerprint": protocol["samples_fingerprint"],
+        "bins_fingerprint": protocol["bins_fingerprint"],
+        "n": result.n_samples,
+        **verdict(result, thresholds),
+        "counts": result.sample_counts.tolist(),
+    }
+    with _alone(place):
+        entries = [old for old in _read(place, entry) if old["samples_fingerprint"] != entry["samples_fingerprint"]]
+        entries.append(entry)
+        storage.write_text(place, "".join(json.dumps(each) + "\n" for each in entries))
+    counts = np.sum([each["counts"] for each in entries], axis=0)
+    together = ndb.score(result.reference_counts, counts, significance=result.level)
+    return entry, {"batches": len(entries), "n": int(counts.sum()), **verdict(together, thresholds)}
+
+
+def _alone(place: str) -> AbstractContextManager[Any]:
+    """Keeps other processes of this machine from the history; in an object store the last one wins."""
+    if not storage.is_local(place):
+        return nullcontext()
+    Path(place).parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(f"{place}.lock", timeout=60)
+
+
+def _read(place: str, entry: dict[str, Any]) -> list[dict[str, Any]]:
+    if not storage.exists(place):
+        return []
+    found = []
+    for number, line in enumerate(storage.read_bytes(place).decode(errors="replace").splitlines(), start=1):
+        try:
+            old = json.loads(line)
+            counts = np.asarray(old["counts"], np.int64)
+            known, _ = old["bins_fingerprint"], old["samples_fingerprint"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{place}: line {number} is no record of a batch: repair or remove it") from error
+        if known != entry["bins_fingerprint"] or len(counts) != len(entry["counts"]):
+            raise UserError(
+                f"{place}: line {number} is of bins {str(known)[:12]}, this batch of {entry['bins_fingerprint'][:12]}: "
+                "give each reference a history of its own"
+            )
+        found.append(old)
+    return found

@@ -1,0 +1,232 @@
+"""Scores by Ray tasks, killed or not, are those of one process; and the commands around them."""
+
+import json
+import os
+import signal
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import ray
+
+from cluster.counting import ray_pass
+from cluster.scoring import Taking, open_set, open_view
+from cluster.session import ray_session
+from data.errors import UserError
+from data.partitions import MemoryPartitions, Partitions, open_partitions
+from eval.bins import BinSettings
+from eval.comparison import judge
+from eval.evaluate import Rule
+from eval.measure import View, local_pass
+from eval.reference import fit_reference
+from eval.scores import ScoreSettings
+
+SCORES = ScoreSettings(subsample=200)
+
+
+@pytest.fixture(scope="module")
+def two_workers(finished_job):  # a job needs to start Ray itself: it comes first
+    with ray_session(None, 2):
+        yield
+
+
+def no_view():
+    return View()
+
+
+class Killing(Partitions):
+    """Kills the first process that reads partition 3."""
+
+    def __init__(self, inner, mark):
+        self.inner, self.mark = inner, mark
+        for name in ("name", "levels", "scale", "keys", "sizes"):
+            setattr(self, name, getattr(inner, name))
+
+    def pieces(self, number):
+        if number == 3 and not os.path.exists(self.mark):
+            open(self.mark, "w").close()
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield from self.inner.pieces(number)
+
+
+def blobs(n, seed=0):
+    rng = np.random.default_rng(seed)
+    points = np.random.default_rng(5).random((10, 8, 8, 1))
+    x = points[rng.integers(0, 10, n)] + 0.1 * rng.standard_normal((n, 8, 8, 1))
+    return x.astype(np.float32)
+
+
+def scores_by(over_of, parts, samples):
+    reference = fit_reference(parts, over_of(parts), [BinSettings(n_bins=10, n_init=1)], SCORES)
+    row = judge(
+        *(samples, over_of(samples), reference),
+        name="gan",
+        rule=Rule(),
+        scores=SCORES,
+        over_reference=over_of(parts),
+        held_out=(samples, over_of(samples)),
+    )
+    return row.to_dict()
+
+
+def test_workers_equal_one_process_and_a_killed_one_changes_nothing(two_workers, tmp_path, monkeypatch):
+    monkeypatch.setattr("data.partitions._PARTITION_BYTES", 100 * 64 * 4)
+    known = MemoryPartitions(blobs(1000), name="known", scale="0..1")
+    samples = MemoryPartitions(blobs(600, 1), name="gan", scale="0..1")
+    assert len(known) == 10
+    alone = scores_by(local_pass, known, samples)
+    together = scores_by(lambda parts: ray_pass(parts, no_view), known, samples)
+    assert together == alone
+    mark = str(tmp_path / "killed")
+    killed = scores_by(lambda parts: ray_pass(parts, no_view), known, Killing(samples, mark))
+    assert os.path.exists(mark)
+    assert killed == alone
+
+
+def test_a_fault_in_a_worker_is_one_line(two_workers):
+    bad = MemoryPartitions(np.full((200, 4), np.nan, np.float32), name="gan", scale="0..1")
+    known = MemoryPartitions(blobs(200).reshape(200, -1), name="known", scale="0..1")
+    reference = fit_reference(known, local_pass(known), [BinSettings(n_bins=5, n_init=1)], ScoreSettings(()))
+    with pytest.raises(UserError, match=r"^gan: .*NaN"):
+        judge(bad, ray_pass(bad, no_view), reference, name="gan", rule=Rule(), scores=ScoreSettings(()))
+    assert ray.is_initialized()
+
+
+def test_a_model_is_judged_without_storing_its_samples(finished_job, two_workers):
+    """The same draws by two workers and by one process; every partition has draws of its own."""
+    taking = Taking(n=20_000, tracking_uri=finished_job.uri)
+    drawn = open_set(finished_job.summary["model_uri"], taking)
+    assert len(drawn) >= 2
+    a, b = (next(drawn.pieces(number)).x for number in (0, 1))
+    assert not np.array_equal(a[:100], b[:100])
+    known = open_partitions(str(finished_job.folder / "shards"), split="train")
+    settings = [BinSettings(n_bins=10, n_init=1)]
+    reference = fit_reference(known, local_pass(known), settings, ScoreSettings(()))
+
+    def judged(over):
+        return judge(drawn, over, reference, name="m", rule=Rule(), scores=ScoreSettings(())).to_dict()
+
+    assert judged(ray_pass(drawn, no_view)) == judged(local_pass(drawn))
+
+
+def test_extractors_are_opened_once():
+    assert open_view("pixels", None, None) is open_view("pixels", None, None)
+
+
+@pytest.fixture
+def sets(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    x = blobs(1200)
+    np.savez("known.npz", x=x, y=np.arange(1200) % 4)
+    np.save("same.npy", blobs(500, 1))
+    near = np.square(blobs(500, 2) - x[:1, ...]).sum((1, 2, 3)) < 2.5
+    np.save("part.npy", blobs(500, 2)[~near])
+    return tmp_path
+
+
+def run(*arguments):
+    from typer.testing import CliRunner
+
+    from cluster.cli import app
+
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=True)
+
+
+FEW = ("--bins", 10, "--n-init", 1, "--subsample", 200, "--scores", "none")
+
+
+def test_one_yardstick_for_many_evaluations(sets):
+    fitted = run("reference", "known.npz", "--out", "ref", *FEW)
+    assert fitted.exit_code == 0, fitted.exception
+    results = {}
+    for name in ("same.npy", "part.npy"):
+        found = run("evaluate", name, "--reference", "ref", "--scores", "none", "--json")
+        results[name] = json.loads(found.stdout)
+        (sets / f"{name}.json").write_text(found.stdout)
+    used = {result["protocol"]["bins_fingerprint"] for result in results.values()}
+    assert len(used) == 1
+    assert used.pop() in fitted.stdout
+    table = run("compare", "same.npy.json", "part.npy.json")
+    assert "same.npy" in table.stdout
+    other = run("evaluate", "same.npy", "--reference", "same.npy", *FEW, "--json")
+    (sets / "other.json").write_text(other.stdout)
+    refused = run("compare", "same.npy.json", "other.json")
+    assert isinstance(refused.exception, UserError)
+    assert "different bins" in str(refused.exception)
+
+
+def test_several_numbers_of_bins_and_a_report_in_one_call(sets):
+    found = run(
+        *("compare", "same.npy", "part.npy", "--reference", "known.npz", "--bins", "5,10,15", "--n-init", 1),
+        *("--subsample", 200, "--report", "r.html", "--json"),
+    )
+    assert found.exit_code == 0, found.exception
+    rows = json.loads(found.stdout)
+    assert [len(row["other_bins"]) for row in rows] == [2, 2]
+    names = {score["name"] for score in rows[0]["scores"]}
+    assert {"FID", "KID", "precision", "coverage", "sliced Wasserstein", "Sinkhorn divergence"} <= names
+    html = (sets / "r.html").read_text()
+    assert "same.npy" in html
+    assert json.loads((sets / "r.json").read_text()) == rows
+
+
+def test_watch_tells_drift_by_its_exit_code_and_keeps_a_history(sets):
+    run("reference", "known.npz", "--out", "ref", *FEW)
+    quiet = run("watch", "same.npy", "--reference", "ref", "--history", "h/history.jsonl", "--json")
+    assert quiet.exit_code == 0, quiet.exception
+    loud = run("watch", "part.npy", "--reference", "ref", "--history", "h/history.jsonl", "--json")
+    assert loud.exit_code == 3
+    found = json.loads(loud.stdout)
+    assert found["batch"]["drift"]
+    assert found["all"]["batches"] == 2
+    lines = [json.loads(line) for line in (sets / "h/history.jsonl").read_text().splitlines()]
+    assert found["all"]["n"] == sum(line["n"] for line in lines)
+    again = json.loads(run("watch", "part.npy", "--reference", "ref", "--history", "h/history.jsonl", "--json").stdout)
+    assert again["all"] == found["all"]  # the same samples once more: no new batch
+    run("reference", "same.npy", "--out", "other", *FEW)
+    refused = run("watch", "part.npy", "--reference", "other", "--history", "h/history.jsonl")
+    assert "history of its own" in str(refused.exception)
+    unfitted = run("watch", "same.npy", "--reference", "known.npz", "--history", "h")
+    assert "no fitted reference" in str(unfitted.exception)
+
+
+def test_results_per_sample_and_the_missing_bins(sets):
+    found = run(
+        *("evaluate", "part.npy", "--reference", "known.npz", "--bins", 10, "--n-init", 1, "--scores", "manifold"),
+        *("--subsample", 300, "--per-sample", "rows", "--export-missing", "missing", "--json"),
+    )
+    assert found.exit_code == 0, found.exception
+    result = json.loads(found.stdout)
+    rows = pq.read_table("rows").to_pydict()
+    assert len(set(rows["key"])) == len(rows["key"]) == result["n_samples"]
+    counts = np.bincount(rows["bin"], minlength=10)
+    for entry in result["per_bin"]:
+        assert counts[entry["bin"]] == round(entry["sample_proportion"] * result["n_samples"])
+    assert min(rows["distance"]) >= 0
+    assert all(key.startswith("train/") for key in rows["nearest"])
+    missing = [e for e in result["per_bin"] if e["flagged"] and e["direction"] == "missing"]
+    listed = pq.read_table("missing/missing.parquet").to_pydict()
+    packed = open_partitions("missing/shards", split="train")
+    assert missing
+    assert set(listed["bin"]) == {entry["bin"] for entry in missing}
+    assert packed.n == len(listed["key"]) == sum(round(e["reference_proportion"] * 1200) for e in missing)
+    assert "choose another folder" in str(
+        run("evaluate", "part.npy", "--reference", "known.npz", *FEW, "--per-sample", "rows").exception
+    )
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (("--bins", "1"), "--bins"),
+    (("--bins", "5,5"), "--bins"),
+    (("--bins", "labels"), "no labels"),
+    (("--scores", "fdi"), "unknown scores"),
+    (("--features", "torchscript:none.pt"), "none.pt"),
+    (("--features", "magic:x"), "magic"),
+    (("--max-samples", "4"), "4 samples for 10 bins"),
+    (("--z-threshold", "3", "--significance", "0.1"), "not both"),
+])  # fmt: skip
+def test_faults_are_one_line(sets, arguments, words):
+    found = run("evaluate", "same.npy", "--reference", "same.npy", *FEW, *arguments)
+    assert isinstance(found.exception, UserError), found.exception
+    assert words in str(found.exception)
+    assert "\n" not in str(found.exception)

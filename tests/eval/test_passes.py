@@ -1,0 +1,217 @@
+"""Passes over partitions: the same result however the set is cut, and what is kept of partitions is not read again."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from data.errors import UserError
+from data.partitions import MemoryPartitions, position
+from eval.bins import BinCounts, BinSettings, fit_bins, label_bins
+from eval.comparison import judge
+from eval.evaluate import Rule
+from eval.measure import View, local_pass
+from eval.observed import Extent, Nearest, Observed, Sketch, Spread, sample_ids
+from eval.reference import Reference, fit_reference
+from eval.scores import ScoreSettings, Summary, parse_scores
+from eval.stored import observe_stored
+
+SETTINGS = BinSettings(n_bins=7, n_init=1)
+
+
+def samples(n=900, seed=0, shape=(6, 5, 1), name="blobs", labels=False):
+    rng = np.random.default_rng(seed)
+    which = rng.integers(0, 7, n)
+    x = np.random.default_rng(9).random((7, *shape))[which] + 0.05 * rng.standard_normal((n, *shape))
+    return MemoryPartitions(x.astype(np.float32), name=name, scale="0..1", labels=which if labels else None)
+
+
+def cut(partitions, monkeypatch, rows):
+    """The same set in partitions of so many rows."""
+    monkeypatch.setattr("data.partitions._PARTITION_BYTES", rows * partitions.x[0].nbytes)
+    return MemoryPartitions(partitions.x, name=partitions.name, scale=partitions.scale, labels=partitions.labels)
+
+
+def observed(x, start=0, key="k"):
+    n = len(x)
+    return Observed(x, x.reshape(n, -1), sample_ids(key, n, start), position(0, np.arange(start, start + n)))
+
+
+def test_blocks_do_not_matter(monkeypatch):
+    whole = samples()
+    bins = fit_bins(local_pass(whole), [SETTINGS], name="a", fingerprint="f").bins[0]
+    observers = {"extent": Extent(), "spread": Spread(), "sketch": Sketch(40), "bins": BinCounts(bins)}
+    once = local_pass(whole)(observers)
+    monkeypatch.setattr("eval.measure._BLOCK_ROWS", 1)
+    monkeypatch.setattr(MemoryPartitions, "pieces", lambda self, number: (
+        SimpleNamespace(x=self.x[i : i + 64], label=None, start=i) for i in range(0, len(self.x), 64)
+    ))  # fmt: skip
+    pieces = local_pass(whole)(observers)
+    np.testing.assert_array_equal(once["bins"].counts, pieces["bins"].counts)
+    np.testing.assert_array_equal(once["bins"].members(), pieces["bins"].members())
+    np.testing.assert_array_equal(once["sketch"].positions(), pieces["sketch"].positions())
+    np.testing.assert_allclose(once["spread"].std(), whole.x.reshape(900, -1).std(0), rtol=1e-5)
+    np.testing.assert_allclose(pieces["spread"].std(), once["spread"].std(), rtol=1e-6)
+    assert pieces["extent"].root_mean_square == pytest.approx(float(np.sqrt(np.square(whole.x).mean())), rel=1e-5)
+
+
+def test_partitions_merge_in_their_order(monkeypatch):
+    """Merging partitions by hand gives what the pass gives, to the bit: what workers share is a pass."""
+    parts = cut(samples(), monkeypatch, 100)
+    assert len(parts) == 9
+    bins = fit_bins(local_pass(parts), [SETTINGS], name="a", fingerprint="f").bins[0]
+    one = fit_bins(local_pass(samples()), [SETTINGS], name="a", fingerprint="f").bins[0]
+    np.testing.assert_array_equal(bins.counts, one.counts)
+    np.testing.assert_allclose(bins.centres, one.centres, atol=1e-6)
+    assert bins.counts.sum() == 900
+
+
+def test_a_sketch_is_a_uniform_subset_and_knows_its_share():
+    x = np.arange(20_000, dtype=np.float32)[:, None]
+    found = Sketch(500, 20_000)
+    for start in range(0, 20_000, 1000):
+        part = Sketch(500, 20_000)
+        part.observe(observed(x[start : start + 1000], start))
+        assert part.held < 120  # a part keeps little more than its share of 25: Poisson, odds far below 1e-9
+        found.merge(part)
+    chosen = found.features()[:, 0]
+    assert len(set(chosen.tolist())) == 500
+    assert (np.diff(chosen) > 0).all()
+    # Mean of 500 uniform draws: 6 standard errors of 258, odds 2e-9.
+    assert abs(chosen.mean() - 10_000) < 6 * 258
+    whole = Sketch(500)
+    whole.observe(observed(x))
+    np.testing.assert_array_equal(whole.features(), found.features())
+    other = Sketch(500, seed=1)
+    other.observe(observed(x))
+    assert len(set(other.features()[:, 0].tolist()) & set(chosen.tolist())) < 60
+    np.testing.assert_array_equal(Sketch.from_arrays(found.arrays()).positions(), found.positions())
+    positions = found.least(100)[1]
+    assert len(positions) == 100
+    assert set(positions.tolist()) <= set(found.positions().tolist())
+
+
+def test_members_belong_to_their_bins(monkeypatch):
+    parts = cut(samples(), monkeypatch, 100)
+    bins = fit_bins(local_pass(parts), [SETTINGS], name="a", fingerprint="f").bins[0]
+    for k in range(7):
+        members = bins.members[k][bins.members[k] >= 0]
+        x = parts.fetch(members)
+        assert (bins.assign(observed(x))[0] == k).all()
+
+
+def test_the_nearest_sample_is_exact_even_for_a_copy(monkeypatch):
+    parts = cut(samples(), monkeypatch, 100)
+    queries = np.concatenate([parts.x[[5, 640]].reshape(2, -1), np.full((1, 30), 0.5, np.float32)])
+    found = local_pass(parts)({"near": Nearest(queries)})["near"]
+    exact = ((parts.x.reshape(900, 1, 30).astype(float) - queries) ** 2).sum(2)
+    np.testing.assert_allclose(found.distances, exact.min(0), rtol=1e-9)
+    assert found.distances[:2].tolist() == [0, 0]
+    nearest = parts.x[exact.argmin(0)]
+    np.testing.assert_array_equal(parts.fetch(found.positions), nearest)
+
+
+@pytest.mark.parametrize("removed", [0, 4])
+def test_a_set_that_shrank_reads_nothing_again(tmp_path, monkeypatch, removed):
+    parts = cut(samples(n=600), monkeypatch, 100)
+    reference = fit_reference(parts, local_pass(parts), [SETTINGS], ScoreSettings(subsample=50))
+
+    def judged(chosen, store):
+        few = MemoryPartitions(parts.x[chosen], name="few", scale="0..1")
+        few.keys = [f"content {first}" for first in chosen[::100]]
+        read = []
+
+        def observe(*arguments):
+            before = set(tmp_path.iterdir())
+            found = observe_stored(*arguments, store=store)
+            read.append(set(tmp_path.iterdir()) - before)
+            return found
+
+        over = local_pass(few, observe=observe)
+        row = judge(few, over, reference, name="few", rule=Rule(), scores=ScoreSettings(subsample=50), stored=True)
+        return row.to_dict(), sum(map(bool, read))
+
+    everything = np.arange(600)
+    assert judged(everything, str(tmp_path))[1] == 6
+    kept = np.delete(everything, np.s_[100 * removed : 100 * removed + 100])
+    again, read = judged(kept, str(tmp_path))
+    assert read == 0
+    assert again == judged(kept, None)[0]
+
+
+def test_a_damaged_store_is_named(tmp_path):
+    parts = samples(n=100)
+    observers = {"extent": Extent()}
+    observe_stored(parts, 0, View(), observers, str(tmp_path))
+    next(tmp_path.iterdir()).write_bytes(b"broken")
+    with pytest.raises(UserError, match="remove it"):
+        observe_stored(parts, 0, View(), observers, str(tmp_path))
+
+
+def test_a_reference_is_kept_whole(tmp_path, monkeypatch):
+    parts = cut(samples(labels=True), monkeypatch, 200)
+    settings = [SETTINGS, BinSettings(n_bins=4, n_init=1)]
+    reference = fit_reference(parts, local_pass(parts), settings, ScoreSettings(subsample=60), name="known")
+    reference.save(str(tmp_path))
+    loaded = Reference.load(str(tmp_path))
+    assert [bins.fingerprint for bins in loaded.bins] == [bins.fingerprint for bins in reference.bins]
+    assert (loaded.name, loaded.scale) == ("known", "0..1")
+    other = samples(n=500, seed=3)
+
+    def judged(by):
+        row = judge(other, local_pass(other), by, name="x", rule=Rule(3.0), scores=ScoreSettings(subsample=60))
+        return row.to_dict()
+
+    assert judged(loaded) == judged(reference)
+    assert len(judged(loaded)["other_bins"]) == 1
+    pictures = loaded.members(loaded.bins[0], np.arange(7))
+    assert all(len(part) == 8 for part in pictures)
+    assert (loaded.bins[0].assign(observed(pictures[2]))[0] == 2).all()
+    (tmp_path / "bins-4" / "bins.json").unlink()
+    with pytest.raises(UserError):
+        Reference.load(str(tmp_path))
+
+
+def test_given_classes_are_bins():
+    known = samples(labels=True)
+    bins = label_bins(local_pass(known), SETTINGS, name="classes", fingerprint="f").bins[0]
+    np.testing.assert_array_equal(bins.counts, np.bincount(known.labels))
+    with pytest.raises(UserError, match="no labels"):
+        label_bins(local_pass(samples()), SETTINGS, name="classes")
+    with pytest.raises(UserError, match="classifier"):
+        local_pass(samples())({"bins": BinCounts(bins)})
+
+
+@pytest.mark.parametrize(("spoilt", "words"), [
+    (lambda x: np.full_like(x, np.nan), "NaN"),
+    (lambda x: x * 255, "one scale"),
+    (lambda x: x[:1], "1 samples for 7 bins"),
+    (lambda x: x[:, :3], "bring the samples to the reference's shape"),
+    (lambda x: np.where(np.arange(x.size).reshape(x.shape) == 1000, np.inf, x), "infinite"),
+])  # fmt: skip
+def test_samples_that_cannot_be_judged_are_refused(spoilt, words):
+    known = samples()
+    reference = fit_reference(known, local_pass(known), [SETTINGS], ScoreSettings(subsample=50))
+    bad = MemoryPartitions(spoilt(known.x).astype(np.float32), name="gan", scale="0..1")
+    with pytest.raises(UserError, match=words) as caught:
+        judge(bad, local_pass(bad), reference, name="gan", rule=Rule(), scores=ScoreSettings(subsample=50))
+    assert "gan" in str(caught.value)
+
+
+def test_constant_features_and_constant_samples_have_scores():
+    x = samples().x.copy()
+    x[:, 0] = 0.25
+    known = MemoryPartitions(x, name="k", scale="0..1")
+    reference = fit_reference(known, local_pass(known), [SETTINGS], ScoreSettings(subsample=50))
+    same = MemoryPartitions(np.repeat(x[:1], 300, 0), name="same", scale="0..1")
+    row = judge(same, local_pass(same), reference, name="same", rule=Rule(), scores=ScoreSettings(subsample=50))
+    assert row.evaluation.result.ndb == 7
+    assert all(np.isfinite(score.value) for score in row.scores)
+
+
+def test_names_of_scores():
+    assert parse_scores("none") == ()
+    assert parse_scores("fid, kid") == ("fid", "kid")
+    with pytest.raises(UserError, match="unknown scores fdi"):
+        parse_scores("fdi")
+    assert Summary(ScoreSettings(parse_scores("none"))).sketch is None
