@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import shlex
 import shutil
@@ -22,7 +23,7 @@ _EXCLUDED = {"venv", "runs", "mlruns", "mlartifacts", "build", "dist", "node_mod
 _EXCLUDED_SUFFIXES = (".npy", ".npz", ".tar", ".gz", ".zip", ".db", ".parquet", ".safetensors", ".pt", ".pth", ".onnx")
 _LARGEST_PACKAGE = 100 << 20
 _RECIPE = "submitted-recipe.yaml"
-_ATTEMPTS_SECONDS = 30.0
+_ATTEMPTS_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ class Jobs:
             os.environ.setdefault("RAY_AUTH_MODE", "token")
         from ray.job_submission import JobSubmissionClient
 
+        logging.getLogger("ray").setLevel(logging.WARNING)
         self.client = self._asked(lambda: JobSubmissionClient(address))
 
     def submit(self, folder: Path, command: str, *, name: str, env: Mapping[str, str]) -> str:
@@ -115,11 +117,17 @@ class Jobs:
             UserError: the cluster refuses it.
         """
         runtime = {"working_dir": str(folder), "env_vars": {"PYTHONUNBUFFERED": "1", **env}}
-        return str(
-            self._asked(
-                lambda: self.client.submit_job(entrypoint=command, runtime_env=runtime, metadata={"name": name})
-            )
-        )
+        limit = time.monotonic() + _ATTEMPTS_SECONDS
+        while True:
+            try:
+                return str(
+                    self.client.submit_job(entrypoint=command, runtime_env=runtime, metadata={"name": name})
+                )
+            except Exception as error:
+                # A cluster that has just started takes no job for some seconds.
+                if "No available agent" not in str(error) or time.monotonic() > limit:
+                    raise self._fault(error) from error
+                time.sleep(1)
 
     def follow(self, job: str, write: Callable[[str], Any]) -> Outcome:
         """Passes on the job's output as it comes, and returns how it ended. A lost connection is taken up again.
@@ -194,17 +202,18 @@ class Jobs:
     def _asked(self, question: Callable[[], Any]) -> Any:
         try:
             return question()
-        except UserError:
-            raise
         except Exception as error:  # Ray has RuntimeError, ConnectionError and requests' kinds for all of these
-            text = one_line(error)
-            if "401" in text or "403" in text or "uthenticat" in text or "nauthorized" in text:
-                raise UserError(
-                    f"{self.address} refuses the token: set RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to the cluster's"
-                ) from error
-            if "does not exist" in text or "404" in text:
-                raise UserError(f"{self.address}: no such job: `manymodes jobs list` names them") from error
-            raise UserError(f"{self.address}: {text}; check the address, and that the cluster runs") from error
+            raise self._fault(error) from error
+
+    def _fault(self, error: Exception) -> UserError:
+        text = one_line(error)
+        if "401" in text or "403" in text or "uthenticat" in text or "nauthorized" in text:
+            return UserError(
+                f"{self.address} refuses the token: set RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to the cluster's"
+            )
+        if "does not exist" in text or "404" in text:
+            return UserError(f"{self.address}: no such job: `manymodes jobs list` names them")
+        return UserError(f"{self.address}: {text.rstrip('.')}; check the address, and that the cluster runs")
 
 
 def _has_token() -> bool:
