@@ -83,8 +83,9 @@ class Deployment:
                 if ready():
                     return
             if time.monotonic() > limit:
-                logs = [f"== {log.name}\n{log.read_text(errors='replace')[-1500:]}" for log in self.folder.glob("*.log")]
-                raise SystemExit("\n".join([f"{what} did not come up within {seconds:.0f} s", *logs]))
+                logs = {log.name: log.read_text(errors="replace")[-1500:] for log in self.folder.glob("*.log")}
+                told = [f"{what} did not come up within {seconds:.0f} s", *(f"== {k}\n{v}" for k, v in logs.items())]
+                raise SystemExit("\n".join(told))
             time.sleep(0.3)
 
     def run(self, *arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -181,7 +182,8 @@ def consume(at: Deployment) -> None:
     place = at.folder / "consumer"
     venv.create(place, with_pip=True)
     pip = [str(place / "bin" / "pip"), "install", "--quiet", "-c", str(ROOT / "constraints.txt")]
-    subprocess.run([*pip, "mlflow", "torch", "numpy"], check=True, env={**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"})
+    quiet = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    subprocess.run([*pip, "mlflow", "torch", "numpy"], check=True, env=quiet)
     at.say("consumer: mlflow, torch and numpy installed")
     command = [str(place / "bin" / "python"), "-c", CONSUMER, at.client["MLFLOW_TRACKING_URI"]]
     command.append("models:/two-nodes@candidate")
@@ -229,7 +231,8 @@ def main(folder: Path) -> None:
         (folder / "job.log").write_text(found.stdout + found.stderr)
         if found.returncode:
             raise SystemExit(f"the job ended with {found.returncode}\n{found.stdout[-4000:]}\n{found.stderr[-2000:]}")
-        at.say("the job has ended: " + next(line for line in found.stdout.splitlines() if "models:/" in line))
+        (model,) = (line for line in found.stdout.splitlines() if "models:/two-nodes@" in line)
+        at.say(f"the job has ended: {model}")
         refusals(at)
         consume(at)
     at.say("done; every process has ended")
