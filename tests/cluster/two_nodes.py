@@ -60,7 +60,8 @@ class Deployment:
             "MLFLOW_TRACKING_PASSWORD": PASSWORD,
         }
         self.ray = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_USAGE_STATS_ENABLED": "0"}
-        self.env = {**os.environ, **self.store, **self.client, **self.ray, "MLFLOW_DISABLE_TELEMETRY": "true"}
+        path = f"{BIN}:{os.environ['PATH']}"  # as in an image, where python is the one that has everything
+        self.env = {**os.environ, **self.store, **self.client, **self.ray, "PATH": path}
 
     def say(self, text: str) -> None:
         print(f"{time.perf_counter() - self.began:6.1f} s  {text}", flush=True)
