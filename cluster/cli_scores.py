@@ -251,6 +251,34 @@ def watch(
         raise typer.Exit(3)
 
 
+def features(
+    place: str = typer.Argument(help=PLACES),
+    features: str = typer.Option(..., "--features", help="as for `evaluate`"),
+    out: str = typer.Option(..., "--out", help="folder or URL for the pack of vectors"),
+    split: str = typer.Option("test", "--split", help="splits of PLACE, as test or train,test"),
+    size: int = SIZE,
+    grey: bool = GREY,
+    seed: int = SEED,
+    n: int = N,
+    workers: int = WORKERS,
+    ray_address: str = RAY,
+    gpus_per_task: float = GPUS,
+    tracking_uri: str = TRACKING,
+) -> None:
+    """Writes the features of a set as a pack of vectors, in its order and with its labels, to be judged many times."""
+    from cluster.feature_packs import write_features
+    from cluster.progress import Stages
+    from cluster.scoring import open_set, running
+    from data import storage
+
+    given = {**dict(locals()), "classifier": None}
+    with running(_looking(given), Stages()) as runner:
+        sets = {name: open_set(place, _taking(given, name)) for name in _parts(split)}
+        manifest = write_features(runner, sets, place, storage.check_url(out))
+    counts = ", ".join(f"{name} {record.samples:,}" for name, record in manifest.splits.items())
+    print_fields(pack=manifest.base, vectors=f"{manifest.shape[0]} features each; {counts}")
+
+
 def study(
     reference: str = typer.Argument(help="labelled data: a pack, a folder of images, a .npz file, or a source"),
     out: str = typer.Option(..., "--out", help="folder or URL for study.json, study.png and study.html"),
