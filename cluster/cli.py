@@ -293,7 +293,10 @@ def traverse(
         out_console.print(str(Path(out) / name), highlight=False)
 
 
-_JUDGING = (cli_scores.evaluate, cli_scores.compare, cli_scores.reference, cli_scores.watch, cli_scores.study)
+_JUDGING = (
+    *(cli_scores.evaluate, cli_scores.compare, cli_scores.reference, cli_scores.watch, cli_scores.study),
+    cli_scores.features,
+)
 for command in _JUDGING:
     app.command()(command)
 app.command()(cli_jobs.submit)

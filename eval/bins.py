@@ -48,12 +48,26 @@ class BinSettings(BaseModel):
     seed: int = Field(0, ge=0, le=MAX_SEED, description="seed of the subsets and the initialisations")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Space:
     """Where distances are measured: the samples' own values, or the features of an extractor, named by its content."""
 
     name: str = PIXELS
     fingerprint: str = PIXELS
+
+    def __eq__(self, other: object) -> bool:
+        """Whether features are the same numbers, whatever their file is called.
+
+        The kind counts, as one file may be read in several ways, and a module's function.
+        """
+        return isinstance(other, Space) and self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
+
+    def _identity(self) -> tuple[str, str, str]:
+        kind, _, rest = self.name.partition(":")
+        return self.fingerprint, kind, rest.rpartition(":")[2] if kind == "module" else ""
 
 
 @dataclass(frozen=True)

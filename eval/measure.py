@@ -41,6 +41,19 @@ class View:
         """Of the features."""
         return Space(self.features.name, self.features.fingerprint) if self.features else Space()
 
+    def facts(self) -> dict[str, Any]:
+        """For protocols, beside the space: what is done to images first, and which classifier tells classes."""
+        found = {} if self.features is None else {"features_preprocessing": self.features.preprocessing}
+        classifier = self.classifier or self.features
+        if classifier is None:
+            return found
+        return {
+            **found,
+            "classifier": f"{classifier.name}, {classifier.note}".rstrip(", "),
+            "classifier_fingerprint": classifier.fingerprint,
+            "classifier_preprocessing": classifier.preprocessing,
+        }
+
     def look(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """Features [n, d] and class probabilities [n, n_classes] or None."""
         found = self.features(x) if self.features else Features(x.reshape(len(x), -1))
@@ -63,7 +76,7 @@ def observe_partition(
             seen = Observed(
                 x=x,
                 features=features,
-                ids=sample_ids(partitions.keys[number], len(x), start),
+                ids=sample_ids(partitions.seeds[number], len(x), start),
                 positions=position(number, np.arange(start, start + len(x))),
                 labels=labels,
                 probabilities=probabilities,

@@ -62,14 +62,14 @@ _SKETCHED_BYTES = 1 << 30
 Pass = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 
-def sample_ids(key: str, n: int, start: int = 0) -> np.ndarray:
-    """Random numbers [n] uint64 for samples start, start + 1, ... of the partition that `key` identifies.
+def sample_ids(seed: str, n: int, start: int = 0) -> np.ndarray:
+    """Random numbers [n] uint64 for samples start, start + 1, ... of the partition that has this seed.
 
     SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) over the samples' places.
     """
-    seed = np.uint64(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little"))
+    first = np.uint64(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "little"))
     with np.errstate(over="ignore"):
-        return _mixed(seed + np.arange(start + 1, start + n + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+        return _mixed(first + np.arange(start + 1, start + n + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
 
 
 def _mixed(z: np.ndarray) -> np.ndarray:

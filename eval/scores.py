@@ -40,6 +40,12 @@ class ScoreSettings:
         if self.subsample < 10:
             raise UserError(f"{self.subsample} samples are too few for scores of pairs: take at least 10")
 
+    def facts(self) -> dict[str, Any]:
+        """For protocols."""
+        if not self.names:
+            return {"scores": "none"}
+        return {"scores": ", ".join(self.names), "pairs_subsample": self.subsample, "scores_seed": self.seed}
+
 
 @dataclass(frozen=True)
 class Score:
