@@ -207,9 +207,12 @@ def watch(
     samples: str = typer.Argument(help=PLACES),
     reference: str = typer.Option(..., "--reference", help="what `reference` left"),
     history: str = typer.Option(..., "--history", help="file to which the batch is appended, one JSON object a line"),
-    max_ndb: int = typer.Option(0, "--max-ndb", min=0, help="bins that may be flagged after Holm's correction"),
-    max_js: float = typer.Option(None, "--max-js", min=0, help="JS (nats) that may be reached; default: chance's 95 %"),
-    significance: float = P,
+    max_ndb: int = typer.Option(0, "--max-ndb", min=0, help="bins that may differ after Holm's correction"),
+    max_js: float = typer.Option(None, "--max-js", min=0, help="JS (nats) that may be reached (default: by chance)"),
+    significance: float = typer.Option(
+        0.001, "--significance", min=1e-4, max=0.5,
+        help="rate of false alarms, for a batch and for all together; half of it each for bins and for JS",
+    ),
     features: str = FEATURES,
     classifier: str = CLASSIFIER,
     split: str = SPLIT,
@@ -223,7 +226,11 @@ def watch(
     as_json: bool = JSON,
     tracking_uri: str = TRACKING,
 ) -> None:
-    """Watches for drift: scores a new batch by a fitted reference; exit code 3 where a threshold is passed."""
+    """Watches for drift: scores a new batch by a fitted reference; exit code 3 where it, or all together, drifted.
+
+    A batch of the reference's own distribution alarms at a rate of --significance at most, and so do all batches
+    together: the exit code is false at twice that rate at most.
+    """
     from cluster.scoring import is_reference
     from cluster.watch import Thresholds, record
 
@@ -236,7 +243,7 @@ def watch(
     }  # fmt: skip
     comparison, _ = _compare([samples], given)
     _warn(comparison)
-    batch, together = record(comparison.rows[0], Thresholds(max_ndb, max_js), history)
+    batch, together = record(comparison.rows[0], Thresholds(significance, max_ndb, max_js), history)
     if as_json:
         print(json.dumps({"batch": batch, "all": together}))
     else:
@@ -245,7 +252,8 @@ def watch(
             limits = (str(found["ndb_limit"]), f"{found['js']:.5f}", f"{found['js_limit']:.5f}")
             table.add_row(name, f"{found['n']:,}", str(found["ndb_holm"]), *limits, "yes" if found["drift"] else "no")
         out_console.print(table)
-    if batch["drift"]:
+        print_fields(drift=f"{batch['rule']}; false alarms: {significance:g} at most, for each line")
+    if batch["drift"] or together["drift"]:
         raise typer.Exit(3)
 
 

@@ -12,12 +12,14 @@ import ray
 from cluster.counting import ray_pass
 from cluster.scoring import Taking, open_set, open_view
 from cluster.session import ray_session
+from cluster.watch import Thresholds, verdict
 from data.errors import UserError
 from data.partitions import MemoryPartitions, Partitions, open_partitions
 from eval.bins import BinSettings
 from eval.comparison import judge
 from eval.evaluate import Rule
 from eval.measure import View, local_pass
+from eval.metrics import ndb
 from eval.reference import fit_reference
 from eval.scores import ScoreSettings
 
@@ -183,11 +185,31 @@ def test_watch_tells_drift_by_its_exit_code_and_keeps_a_history(sets):
     assert found["all"]["n"] == sum(line["n"] for line in lines)
     again = json.loads(run("watch", "part.npy", "--reference", "ref", "--history", "h/history.jsonl", "--json").stdout)
     assert again["all"] == found["all"]  # the same samples once more: no new batch
+    assert all(line["level"] == 0.001 and "at 0.0005" in line["rule"] and line["space"] == "pixels" for line in lines)
+    # A quiet batch behind a loud history: all batches together have drifted.
+    more = blobs(3000, 9)
+    near = np.square(more - np.load("known.npz")["x"][:1]).sum((1, 2, 3)) < 2.5
+    np.save("more.npy", more[~near])
+    np.save("quiet.npy", blobs(300, 7))
+    assert run("watch", "more.npy", "--reference", "ref", "--history", "h/history.jsonl").exit_code == 3
+    third = run("watch", "quiet.npy", "--reference", "ref", "--history", "h/history.jsonl", "--json")
+    found = json.loads(third.stdout)
+    assert (found["batch"]["drift"], found["all"]["drift"], third.exit_code) == (False, True, 3)
     run("reference", "same.npy", "--out", "other", *FEW)
     refused = run("watch", "part.npy", "--reference", "other", "--history", "h/history.jsonl")
     assert "history of its own" in str(refused.exception)
     unfitted = run("watch", "same.npy", "--reference", "known.npz", "--history", "h")
     assert "no fitted reference" in str(unfitted.exception)
+
+
+def test_watch_alarms_at_its_rate():
+    """200 batches of 3 samples a bin at 5 %: more than 22 alarms have odds of 1e-4; the union of two tests is bound."""
+    rng, p = np.random.default_rng(3), np.random.default_rng(2).dirichlet(np.full(60, 2.0))
+    found = [
+        verdict(ndb.score(rng.multinomial(180, p), rng.multinomial(180, p)), Thresholds(level=0.05))["drift"]
+        for _ in range(200)
+    ]
+    assert sum(found) <= 22
 
 
 def test_results_per_sample_and_the_missing_bins(sets):
