@@ -379,14 +379,11 @@ class BinCounts:
         self.bins = bins.without_pictures()
         n_bins = len(bins.counts)
         self.counts = np.zeros(n_bins, np.int64)
-        self.distance = 0.0
         self._limit = np.full(n_bins, np.iinfo(np.uint64).max, np.uint64)
         self._kept = (np.zeros(0, np.int64), np.zeros(0, np.uint64), np.zeros(0, np.int64))
 
     def observe(self, seen: Observed) -> None:
-        labels, distances = self.bins.assign(seen)
-        if distances is not None:
-            self.distance += float(distances.sum(dtype=np.float64))
+        labels, _ = self.bins.assign(seen)
         self.counts += np.bincount(labels, minlength=len(self.counts))
         rows = seen.ids < self._limit[labels]
         if rows.any():
@@ -394,7 +391,6 @@ class BinCounts:
 
     def merge(self, other: Self) -> None:
         self.counts += other.counts
-        self.distance += other.distance
         self._keep(*other._kept)
 
     def members(self) -> np.ndarray:
@@ -417,8 +413,7 @@ class BinCounts:
 
     def arrays(self) -> dict[str, np.ndarray]:
         labels, ids, positions = self._kept
-        kept = {"labels": labels, "ids": ids, "positions": positions}
-        return {**kept, "counts": self.counts, "distance": np.array([self.distance])}
+        return {"labels": labels, "ids": ids, "positions": positions, "counts": self.counts}
 
     def identity(self) -> str:
         """What else it depends on."""
@@ -427,7 +422,7 @@ class BinCounts:
     def restored(self, arrays: Mapping[str, np.ndarray], number: int) -> BinCounts:
         """Of that state, of the partition that is number `number` now."""
         found = BinCounts(self.bins)
-        found.counts, found.distance = arrays["counts"].copy(), float(arrays["distance"][0])
+        found.counts = arrays["counts"].copy()
         found._keep(arrays["labels"], arrays["ids"], moved(arrays["positions"], number))
         return found
 
