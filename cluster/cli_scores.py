@@ -36,7 +36,9 @@ WHITEN = typer.Option(False, "--whiten", help="divide by the reference's standar
 SCORES = typer.Option(
     "all", "--scores", help="all, none, or some of fid,kid,manifold,transport,sharpness,classes,memorisation"
 )
-SUBSAMPLE = typer.Option(5000, "--subsample", min=10, help="random samples for scores of pairs")
+SUBSAMPLE = typer.Option(
+    None, "--subsample", min=10, help="random samples for scores of pairs (default: 5000, or as REF was fitted)"
+)
 FEATURES = typer.Option(
     "pixels",
     "--features",
@@ -158,7 +160,7 @@ def compare(
     if as_json:
         print(json.dumps([row.to_dict() for row in comparison.rows]))
         return
-    from eval.comparison import bins_table
+    from eval.comparison_report import bins_table
 
     print_table(bins_table(comparison))
     _print_scores(comparison)
@@ -239,7 +241,7 @@ def watch(
     given = {
         **dict(locals()), "bins": "100", "scores": "none", "z_threshold": None, "held_out": None, "store": None,
         "reference_split": "train", "max_samples": None, "max_dimensions": None, "n_init": 1, "whiten": False,
-        "subsample": 10,
+        "subsample": None,
     }  # fmt: skip
     comparison, _ = _compare([samples], given)
     _warn(comparison)
@@ -344,7 +346,11 @@ def _options(given: dict[str, Any]) -> Any:
     names = ("max_samples", "max_dimensions", "n_init", "whiten", "seed")
     same = {name: given[name] for name in names}
     settings = [BinSettings(n_bins=k, **same) for k in _numbers_of_bins(given["bins"])]
-    scores = ScoreSettings(parse_scores(given["scores"]), given["subsample"], given["seed"])
+    scores = ScoreSettings(
+        parse_scores(given["scores"]),
+        *(given["subsample"] or ScoreSettings.subsample, given["seed"]),
+        explicit=given["scores"] != "all",
+    )
     return ReferenceOptions(settings or [BinSettings(**same)], scores, labels=not settings)
 
 
@@ -362,7 +368,7 @@ def _numbers_of_bins(text: str) -> list[int]:
 
 def _compare(samples: list[str], given: dict[str, Any]) -> tuple[Comparison, dict[str, float]]:
     from cluster.progress import Stages
-    from cluster.scoring import held_out_of, open_set, reference_of, running, score_sets
+    from cluster.scoring import held_out_of, is_reference, open_set, reference_of, running, score_sets
     from data import storage
     from eval.evaluate import Rule
 
@@ -372,6 +378,11 @@ def _compare(samples: list[str], given: dict[str, Any]) -> tuple[Comparison, dic
     options = _options(given)
     stages = Stages(quiet=given["as_json"])
     known = _taking(given, given["reference_split"], 1)
+    if given["held_out"] and is_reference(given["reference"]):
+        raise UserError(
+            f"--held-out: copies are searched among the reference's samples, which {given['reference']} does not hold: "
+            "name the set that it was fitted to"
+        )
     with running(_looking(given), stages) as runner:
         with stages.stage("open samples"):
             sets = {name: open_set(name, _taking(given, given["split"])) for name in samples}
@@ -383,10 +394,17 @@ def _compare(samples: list[str], given: dict[str, Any]) -> tuple[Comparison, dic
                 if given["held_out"]:
                     held = open_set(given["held_out"], _taking(given, given["split"]))
         fitted, partitions = reference_of(runner, given["reference"], known, options)
+        scores = options.scores
+        if partitions is None:
+            scores = scores.like(fitted.summary.settings)
+            if given["subsample"] not in (None, scores.subsample):
+                raise UserError(
+                    f"{given['reference']}: fitted with --subsample {scores.subsample}: leave it out, or fit anew"
+                )
         comparison = score_sets(
             *(runner, sets, fitted, partitions),
             rule=rule,
-            scores=options.scores,
+            scores=scores,
             held_out=held,
             store=None if given["store"] is None else storage.check_url(given["store"]),
             extras={name: given[name] for name in ("split", "reference_split", "size", "grey")},
@@ -416,7 +434,7 @@ def _warn(comparison: Comparison) -> None:
 
 
 def _print_scores(comparison: Comparison) -> None:
-    from eval.comparison import scores_table
+    from eval.comparison_report import scores_table
 
     table = scores_table(comparison)
     if table is not None:

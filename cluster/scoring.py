@@ -17,7 +17,8 @@ from data.errors import UserError
 from data.partitions import Partitions, open_partitions
 from data.sources import is_spec
 from eval.bins import BinSettings
-from eval.comparison import Comparison, bins_table, judge, report_sections, row_sections, scores_table
+from eval.comparison import Comparison, judge_set
+from eval.comparison_report import bins_table, report_sections, row_sections, scores_table
 from eval.drawn import DrawnPartitions
 from eval.evaluate import Rule
 from eval.measure import View, local_pass
@@ -170,7 +171,8 @@ def reference_of(
     if is_reference(place):
         with runner.stages.stage("load reference"):
             reference = Reference.load(storage.check_url(place))
-        if reference.bins[0].centres is not None and reference.space != space:
+        measured = reference.bins[0].centres is not None or reference.summary.settings.names
+        if measured and reference.space != space:
             raise UserError(
                 f"{place}: fitted to {reference.space.name} ({reference.space.fingerprint[:12]}), the samples are seen "
                 f"by {space.name} ({space.fingerprint[:12]}): give the same --features"
@@ -236,7 +238,7 @@ def score_sets(
     for name, samples in sets.items():
         with runner.stages.stage(f"score {name}"[:22], unit="samples") as advance:
             rows.append(
-                judge(
+                judge_set(
                     *(samples, runner.over(samples, advance, store), reference),
                     name=name,
                     rule=rule,

@@ -16,6 +16,22 @@ from data.limits import MAX_MAGNITUDE
 from data.partitions import position
 from eval.metrics.hashing import GOLDEN, splitmix64
 
+PIXELS = "pixels"
+# Labels beyond are no classes but numbers of something else.
+MAX_CLASSES = 1_000_000
+
+
+@dataclass(frozen=True)
+class Space:
+    """Where distances are measured: the samples' own values, or the features of an extractor, named by its content."""
+
+    name: str = PIXELS
+    fingerprint: str = PIXELS
+
+
+# Who labelled samples that bring their labels.
+GIVEN = Space("given", "given")
+
 
 @dataclass(frozen=True)
 class Observed:
@@ -27,8 +43,10 @@ class Observed:
             them.
         ids: [n] uint64, random numbers that belong to the samples: the same whoever reads them.
         positions: [n] int64, ordered as the set is (see `data.partitions.position`).
-        labels: [n] int64, or None.
+        labels: [n] int64, negative where there is none; or None.
         probabilities: [n, n_classes] float32 of a classifier, or None.
+        labelled_by: whose classes count: the classifier's where there are probabilities, else `GIVEN`; None: untold.
+        of_labels: whether the classifier's classes are the labels.
     """
 
     x: np.ndarray
@@ -37,6 +55,8 @@ class Observed:
     positions: np.ndarray
     labels: np.ndarray | None = None
     probabilities: np.ndarray | None = None
+    labelled_by: Space | None = None
+    of_labels: bool = False
 
 
 class Observer(Protocol):

@@ -115,16 +115,18 @@ def sinkhorn_divergence(
         OT_ε(a, b) = min over plans π of <π, C> + ε KL(π || a ⊗ b),   C = |x - y|²
 
     ε is `epsilon`, in squared units of the features, or else `regularisation` times the mean of C over all pairs (x, y)
-    of the two sets; divergences compare only at one ε. Finite samples raise the divergence. Potentials are updated in the log
-    domain, f and g in turn between two sets, f ← (f + Tf)/2 within one, until the marginals of the plan are within
-    `tolerance` (L1) of uniform, `max_iterations` at the most; the dual value then is off by the order of its square.
+    of the two sets; divergences compare only at one ε. Finite samples raise the divergence. Potentials are updated in
+    the log domain, f and g in turn between two sets, f ← (f + Tf)/2 within one, until the marginals of the plan are
+    within `tolerance` (L1) of uniform, `max_iterations` at the most; the dual value then is off by the order of its
+    square.
     The cost matrix is held once, in `dtype`; potentials are float64.
 
     Raises:
         ValueError: unusable features or settings, or more than 4e8 pairs.
     """
     a, b = checks.pair(a, b, ("a", "b"))
-    if not (0 < regularisation < np.inf and (epsilon is None or 0 < epsilon < np.inf) and 0 < tolerance < np.inf and max_iterations >= 1):
+    positive = (regularisation, 1.0 if epsilon is None else epsilon, tolerance)
+    if not (all(0 < value < np.inf for value in positive) and max_iterations >= 1):
         raise ValueError("regularisation, epsilon, tolerance and max_iterations must be positive")
     if max(len(a), len(b)) ** 2 > MAX_PAIRS:
         raise ValueError(f"{len(a)} and {len(b)} samples are too many: draw subsamples of at most {MAX_PAIRS**0.5:.0f}")

@@ -16,7 +16,7 @@ from cluster.watch import Thresholds, verdict
 from data.errors import UserError
 from data.partitions import MemoryPartitions, Partitions, open_partitions
 from eval.bins import BinSettings
-from eval.comparison import judge
+from eval.comparison import judge_set
 from eval.evaluate import Rule
 from eval.measure import View, local_pass
 from eval.metrics import ndb
@@ -60,7 +60,7 @@ def blobs(n, seed=0):
 
 def scores_by(over_of, parts, samples):
     reference = fit_reference(parts, over_of(parts), [BinSettings(n_bins=10, n_init=1)], SCORES)
-    row = judge(
+    row = judge_set(
         *(samples, over_of(samples), reference),
         name="gan",
         rule=Rule(),
@@ -90,7 +90,7 @@ def test_a_fault_in_a_worker_is_one_line(two_workers):
     known = MemoryPartitions(blobs(200).reshape(200, -1), name="known", scale="0..1")
     reference = fit_reference(known, local_pass(known), [BinSettings(n_bins=5, n_init=1)], ScoreSettings(()))
     with pytest.raises(UserError, match=r"^gan: .*NaN"):
-        judge(bad, ray_pass(bad, no_view), reference, name="gan", rule=Rule(), scores=ScoreSettings(()))
+        judge_set(bad, ray_pass(bad, no_view), reference, name="gan", rule=Rule(), scores=ScoreSettings(()))
     assert ray.is_initialized()
 
 
@@ -106,7 +106,7 @@ def test_a_model_is_judged_without_storing_its_samples(finished_job, two_workers
     reference = fit_reference(known, local_pass(known), settings, ScoreSettings(()))
 
     def judged(over):
-        return judge(drawn, over, reference, name="m", rule=Rule(), scores=ScoreSettings(())).to_dict()
+        return judge_set(drawn, over, reference, name="m", rule=Rule(), scores=ScoreSettings(())).to_dict()
 
     assert judged(ray_pass(drawn, no_view)) == judged(local_pass(drawn))
 
@@ -166,7 +166,7 @@ def test_several_numbers_of_bins_and_a_report_in_one_call(sets):
     rows = json.loads(found.stdout)
     assert [len(row["other_bins"]) for row in rows] == [2, 2]
     names = {score["name"] for score in rows[0]["scores"]}
-    assert {"FID", "KID", "precision", "coverage", "sliced Wasserstein", "Sinkhorn divergence"} <= names
+    assert {"Fréchet distance (pixels)", "KID", "precision", "sliced Wasserstein", "Sinkhorn divergence"} <= names
     html = (sets / "r.html").read_text()
     assert "same.npy" in html
     assert json.loads((sets / "r.json").read_text()) == rows
@@ -235,6 +235,26 @@ def test_results_per_sample_and_the_missing_bins(sets):
     assert "choose another folder" in str(
         run("evaluate", "part.npy", "--reference", "known.npz", *FEW, "--per-sample", "rows").exception
     )
+
+
+def test_a_fitted_reference_settles_how_scores_are_taken(sets):
+    """Its subset and seed hold, whatever the defaults; flags that ask for others, or for its samples, are refused."""
+    run("reference", "known.npz", "--out", "ref", "--bins", 10, "--n-init", 1, "--subsample", 200, "--scores", "kid")
+    evaluate = ("evaluate", "same.npy", "--reference", "ref", "--json")
+    found = json.loads(run(*evaluate, "--seed", 3).stdout)
+    assert (found["protocol"]["pairs_subsample"], found["protocol"]["scores_seed"]) == (200, 0)
+    told = {score["name"]: score for score in found["scores"]}
+    assert told["KID"]["value"] is not None
+    assert "fitted without it" in told["sharpness"]["reason"]
+    assert "not at hand" in told["memorised"]["reason"]
+    for more, words in (
+        (("--scores", "sharpness"), "sharpness: the reference was fitted without it"),
+        (("--subsample", 100), "fitted with --subsample 200"),
+        (("--held-out", "part.npy"), "--held-out: copies are searched"),
+    ):
+        refused = run(*evaluate, *more)
+        assert isinstance(refused.exception, UserError)
+        assert words in str(refused.exception)
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
