@@ -10,7 +10,7 @@ import pytest
 import ray
 
 from cluster.counting import ray_pass
-from cluster.scoring import Taking, open_set, open_view
+from cluster.scoring import Taking, open_set, open_view, saved_table
 from cluster.session import ray_session
 from cluster.watch import Thresholds, verdict
 from data.errors import UserError
@@ -150,6 +150,17 @@ def test_one_yardstick_for_many_evaluations(sets):
     assert used.pop() in fitted.stdout
     table = run("compare", "same.npy.json", "part.npy.json")
     assert "same.npy" in table.stdout
+    both = run("compare", "same.npy", "part.npy", "--reference", "ref", "--scores", "none", "--json")
+    (sets / "both.json").write_text(both.stdout)
+    rows = saved_table(["both.json", "same.npy.json"])
+    assert [row[0] for row in rows.rows] == ["same.npy", "part.npy", "same.npy"]
+    assert "p < 0.05" in rows.note
+    low, high = results["same.npy"]["intervals"]["js"]
+    assert rows.rows[0][5] == f"{low:.4f}–{high:.4f}"
+    strict = run("evaluate", "same.npy", "--reference", "ref", "--scores", "none", "--json", "--z-threshold", 3)
+    (sets / "strict.json").write_text(strict.stdout)
+    with pytest.raises(UserError, match=r"different rules .*\|z\| > 3"):
+        saved_table(["both.json", "strict.json"])
     other = run("evaluate", "same.npy", "--reference", "same.npy", *FEW, "--json")
     (sets / "other.json").write_text(other.stdout)
     refused = run("compare", "same.npy.json", "other.json")
