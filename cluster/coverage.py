@@ -18,7 +18,8 @@ from data.partitions import PackPartitions
 from data.stream import read_blocks
 from eval import figures
 from eval.baselines import fit_gaussian_mixture
-from eval.comparison import Comparison, JudgedData, compare, report_sections
+from eval.comparison import Comparison, JudgedData, compare
+from eval.comparison_report import headline_table, report_sections
 from eval.drawn import Density
 from eval.evaluate import Rule
 from eval.report import ReportFigure, ReportSection
@@ -51,7 +52,7 @@ def judge(recipe: Recipe, trained: Trained, advance: Any) -> Verdict:
 
     return Verdict(
         metrics=_metrics(comparison, name),
-        table=comparison.table(),
+        table=headline_table(comparison),
         models=[one.to_dict() for one in comparison.rows],
         protocol=row.evaluation.protocol,
         lead=f"{name}, trained on {reference.name}: {result.ndb} of {result.bins} bins differ from the data.",
