@@ -51,7 +51,7 @@ for device in null zero full random urandom; do
 done
 mkdir -m 1777 "$root/dev/shm"
 mount -t tmpfs -o mode=1777 tmpfs "$root/dev/shm"
-exec env -i "$@" chroot "$root" setpriv --reuid "${user%:*}" --regid "${user#*:}" --clear-groups --no-new-privs \
+exec env -i "$@" "$(command -v chroot)" "$root" setpriv --reuid "${user%:*}" --regid "${user#*:}" --clear-groups --no-new-privs \
     --inh-caps=-all --bounding-set=-all bash -ec '
         cd /workspace
         if touch /opt/probe 2> /dev/null || [ "$(id -u)" = 0 ]; then echo "not read-only, or root" >&2; exit 1; fi
