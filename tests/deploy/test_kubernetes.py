@@ -22,6 +22,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 KUBERNETES = ROOT / "deploy" / "kubernetes"
+ROOMS = ("cluster", "data", "deploy", "eval", "trainer")
 OVERLAYS = sorted(path.name for path in (KUBERNETES / "overlays").iterdir())
 CHECK = Path(os.environ.get("MANYMODES_MANIFEST_CHECK", ROOT.parent / "shared" / "tools" / "check_deploy.py"))
 CRDS = Path(os.environ.get("MANYMODES_KUBERAY_CRDS", ROOT.parent / "shared" / "kuberay"))
@@ -291,5 +292,5 @@ def test_the_image_names_no_package_index_and_is_sent_only_what_it_is_made_of():
         assert "://" not in path.read_text(), path  # addresses are arguments of the build
     ignored = (ROOT / "deploy" / "image" / "Dockerfile.dockerignore").read_text().split("\n")
     assert "*" in ignored
-    copied = {"pyproject.toml", "constraints.txt", "README.md", "LICENSE", "cluster", "data", "deploy", "eval", "trainer"}
+    copied = {"pyproject.toml", "constraints.txt", "README.md", "LICENSE"} | set(ROOMS)
     assert {line[1:] for line in ignored if line.startswith("!")} == copied
