@@ -4,13 +4,18 @@ EXTRA  ?= cpu
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test lint bench image clean
+.PHONY: demo test test-cluster lint bench image clean
 
 demo: $(VENV)/.installed
 	$(BIN)/manymodes run digits --out runs/digits
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
+
+# Two Ray nodes, S3 storage and MLflow on PostgreSQL, all on loopback; needs PostgreSQL's server.
+test-cluster: $(VENV)/.installed-test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRA),test,services]'
+	timeout 1500 $(BIN)/python tests/cluster/two_nodes.py
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -256,7 +256,7 @@ def study(
     classes: str = typer.Option(None, "--classes", help="thin these classes, one at a time (default: each)"),
     bins: int = typer.Option(100, "--bins", min=2, help="K-means bins"),
     splits: int = typer.Option(20, "--splits", min=2, help="random splits into reference and samples that are judged"),
-    calibration: int = typer.Option(99, "--calibration", min=1, help="further splits, which fix the thresholds"),
+    calibration: int = typer.Option(80, "--calibration", min=1, help="further splits, for the thresholds alone"),
     level: float = typer.Option(0.05, "--level", help="false-alarm rate that is allowed"),
     samples: int = typer.Option(5000, "--samples", min=10, help="samples of each half of a split, at most"),
     subsample: int = typer.Option(2000, "--subsample", min=10, help="samples for scores of pairs"),

@@ -11,6 +11,7 @@ from cluster.models import LocalModel
 from cluster.progress import console
 from cluster.recipe import Recipe
 from cluster.verdict import Verdict
+from data import storage
 from data.errors import UserError
 from data.manifest import Manifest
 from data.partitions import PackPartitions
@@ -55,7 +56,7 @@ def judge(recipe: Recipe, trained: Trained, advance: Any) -> Verdict:
         protocol=row.evaluation.protocol,
         lead=f"{name}, trained on {reference.name}: {result.ndb} of {result.bins} bins differ from the data.",
         sections=sections,
-        save=lambda folder: reference.save(str(folder / "reference")),
+        save=lambda folder: reference.save(storage.join(folder, "reference")),
     )
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from data import storage
 from data.errors import UserError
+from data.sources import is_spec
 from trainer.checkpoint import load_model
 
 
@@ -88,9 +89,12 @@ class LocalClassifier(LocalModel):
 
 def model_folder(place: str) -> str | None:
     """The folder of the model that is stored at `place`, or in the run whose --out folder it is."""
-    for folder in (Path(place) / "model", Path(place)):
-        if (folder / "model.json").is_file():
-            return str(folder)
+    if is_spec(place):
+        return None
+    base = storage.check_url(place)
+    for folder in (storage.join(base, "model"), base):
+        if storage.exists(storage.join(folder, "model.json")):
+            return folder
     return None
 
 

@@ -157,6 +157,7 @@ def open_partitions(
     size: int | None = None,
     crop: images.Box | None = None,
     grey: bool | None = None,
+    whole: bool = False,
 ) -> Partitions:
     """Opens a pack, third-party shards, a folder of images, an array, or a source.
 
@@ -165,12 +166,16 @@ def open_partitions(
             of images, a .npy or .npz file, or a spec of `open_source`.
         split: of a pack or source; what has no splits is taken whole.
         size, crop, grey: for images in folders and third-party shards, as in `SourceOptions`.
+        whole: a source without splits is taken whole too, and not the share of it that a pack would hold out.
 
     Raises:
         UserError: nothing of that kind there, or damaged.
     """
+    # Without a test split a place is one set of samples: nothing is held out.
+    options = SourceOptions(test_fraction=0, size=size, crop=crop, grey=grey, shuffle=False)
     if is_spec(spec):
-        return SourcePartitions(spec, split, SourceOptions(size=size, crop=crop, grey=grey, shuffle=False))
+        held_out = {} if whole else {"test_fraction": SourceOptions().test_fraction}
+        return SourcePartitions(spec, split, options.model_copy(update=held_out))
     url = storage.check_url(spec)
     if url.endswith(".tar"):
         return TarPartitions([spec], size, crop, grey)
@@ -182,8 +187,6 @@ def open_partitions(
     tars = [storage.join(url, name) for name in storage.names(url) if name.endswith(".tar")]
     if kind == "images" and tars:
         return TarPartitions(tars, size, crop, grey)
-    # Without a test split such a place is one set of samples: nothing is held out.
-    options = SourceOptions(test_fraction=0, size=size, crop=crop, grey=grey, shuffle=False)
     return SourcePartitions(f"{kind}:{url}", split, options)
 
 

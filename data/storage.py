@@ -7,6 +7,7 @@ import hashlib
 import os
 import posixpath
 import re
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -185,7 +186,11 @@ def write_text(url: str, text: str) -> None:
 def exists(url: str) -> bool:
     """Whether a file or folder is there."""
     fs, path = filesystem(url)
-    return bool(fs.exists(path))
+    try:
+        fs.invalidate_cache(posixpath.dirname(path.rstrip("/")))
+        return bool(fs.exists(path))
+    except OSError as error:
+        raise io_error(error, url, "look for") from error
 
 
 def names(url: str) -> list[str]:
@@ -224,6 +229,18 @@ def remove(url: str) -> None:
     fs, path = filesystem(url)
     with contextlib.suppress(FileNotFoundError):
         fs.rm(path, recursive=True)
+
+
+@contextlib.contextmanager
+def local_copy(url: str) -> Iterator[Path]:
+    """A folder as one on this machine: itself, or a temporary copy of what a URL holds."""
+    if is_local(url):
+        yield Path(url)
+        return
+    with tempfile.TemporaryDirectory() as place:
+        for name in names(url):
+            (Path(place) / name).write_bytes(read_bytes(join(url, name)))
+        yield Path(place)
 
 
 def local_folder(url: str) -> Path:

@@ -124,7 +124,7 @@ def test_a_changed_source_is_packed_again(tmp_path):
     recipe = load_recipe("digits", [f"data.source=array:{tmp_path}/x.npy"])
 
     def packed():
-        return _packed(recipe, tmp_path / "out", lambda *a, **k: None)
+        return _packed(recipe, str(tmp_path / "out"), lambda *a, **k: None)
 
     np.save(tmp_path / "x.npy", np.zeros((50, 4)))
     first = packed()
@@ -139,9 +139,9 @@ def test_one_process_per_output_folder(tmp_path):
     from cluster.job import exclusive
     from data.errors import UserError
 
-    with exclusive(tmp_path), pytest.raises(UserError, match="another job"), exclusive(tmp_path):
+    with exclusive(str(tmp_path)), pytest.raises(UserError, match="another job"), exclusive(str(tmp_path)):
         pass
-    with exclusive(tmp_path):
+    with exclusive(str(tmp_path)):
         pass
 
 

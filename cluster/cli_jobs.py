@@ -1,0 +1,106 @@
+"""The commands that send work to a cluster: submit, and jobs list, logs, stop."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import typer
+from rich.table import Table
+
+from cluster.terminal import out_console, print_fields
+from data.errors import UserError
+
+if TYPE_CHECKING:
+    from cluster.jobs import Jobs
+
+ADDRESS = typer.Option(
+    None, "--address", envvar="RAY_API_SERVER_ADDRESS", help="the cluster's HTTP address, http://HEAD:8265"
+)
+
+jobs = typer.Typer(help="Jobs of a Ray cluster.", no_args_is_help=True)
+
+
+def submit(
+    recipe: str = typer.Argument(help="name of a shipped recipe, or a YAML file"),
+    out: str = typer.Option(..., "--out", help="folder or URL that all nodes reach, as s3://BUCKET/NAME"),
+    address: str = ADDRESS,
+    set_: list[str] = typer.Option(None, "--set", metavar="KEY=VALUE", help="change a field of the recipe"),
+    wait: bool = typer.Option(False, "--wait", help="follow the job's output, and exit as it does"),
+    env: list[str] = typer.Option(None, "--env", help="NAME=VALUE for the job, or NAME to pass on its value here"),
+    working_dir: str = typer.Option(None, "--working-dir", help="folder that is sent (default: this project)"),
+) -> None:
+    """Sends a recipe to a Ray cluster as a job: what it needs is decided there, not on this machine."""
+    from pathlib import Path
+
+    from cluster.jobs import Jobs, entrypoint, package, parse_env, project_folder
+    from cluster.recipe import load_recipe
+    from data import storage
+
+    loaded = load_recipe(recipe, set_ or ())  # a fault in it is better told here
+    place = storage.check_url(out)
+    variables = parse_env(env or ())
+    client = Jobs(_required(address))
+    folder = Path(working_dir) if working_dir else project_folder()
+    if not folder.is_dir():
+        raise UserError(f"--working-dir {working_dir}: no such folder")
+    with package(folder, recipe) as (packed, name):
+        job = client.submit(packed, entrypoint(name, place, set_ or ()), name=loaded.name, env=variables)
+    print_fields(job=job, follow=f"manymodes jobs logs {job} --address {address} --follow")
+    if not wait:
+        return
+    _follow(client, job)
+
+
+@jobs.command("list")
+def list_(address: str = ADDRESS) -> None:
+    """Lists the submitted jobs, latest first."""
+    from cluster.jobs import Jobs
+
+    table = Table("job", "name", "status", "start", "seconds", box=None, pad_edge=False)
+    for row in Jobs(_required(address)).rows():
+        table.add_row(*row)
+    out_console.print(table)
+
+
+@jobs.command()
+def logs(
+    job: str = typer.Argument(help="id of the job"),
+    address: str = ADDRESS,
+    follow: bool = typer.Option(False, "--follow", help="until the job ends; exits as it does"),
+) -> None:
+    """Prints what a job has written."""
+    from cluster.jobs import Jobs
+
+    client = Jobs(_required(address))
+    if follow:
+        _follow(client, job)
+        return
+    print(client.log(job), end="")
+
+
+@jobs.command()
+def stop(job: str = typer.Argument(help="id of the job"), address: str = ADDRESS) -> None:
+    """Asks a job to end; the same recipe, sent again with the same --out, goes on."""
+    from cluster.jobs import Jobs
+
+    ended = not Jobs(_required(address)).stop(job)
+    print_fields(job=f"{job} had ended already" if ended else f"{job} is ending")
+
+
+def _follow(client: Jobs, job: str) -> None:
+    def write(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    outcome = client.follow(job, write)
+    if outcome.code:
+        message = outcome.message if outcome.exit_code is None else f"exit code {outcome.exit_code}"
+        print(f"manymodes: job {job} {outcome.status.lower()}: {message}", file=sys.stderr)
+        raise typer.Exit(outcome.code)
+
+
+def _required(address: str | None) -> str:
+    if not address:
+        raise UserError("name the cluster by --address http://HEAD:8265 (or RAY_API_SERVER_ADDRESS)")
+    return address
