@@ -272,6 +272,12 @@ def log_artifact_text(uri: str, run_id: str, text: str, name: str) -> None:
         mlflow_client(uri).log_text(run_id, text, name)
 
 
+def log_folder(uri: str, run_id: str, folder: str, name: str) -> None:
+    """Stores a local folder's files with the run, below `name`."""
+    with mlflow_errors(uri):
+        mlflow_client(uri).log_artifacts(run_id, folder, name)
+
+
 def log_dataset(uri: str, run_id: str, *, name: str, source: str, fingerprint: str) -> None:
     """Records which data the run used, by the first 36 characters of its fingerprint."""
     from mlflow.data.dataset_source_registry import resolve_dataset_source
