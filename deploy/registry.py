@@ -138,6 +138,79 @@ def _requirements() -> list[str]:
     return [f"{package}=={version(package).split('+')[0]}" for package in ("torch", "numpy")]
 
 
+@dataclass(frozen=True)
+class Entry:
+    """A version of a registered model as the registry has it."""
+
+    name: str
+    version: int
+    run_id: str
+    tags: dict[str, str]
+    aliases: tuple[str, ...]
+
+    @property
+    def uri(self) -> str:
+        """Of this version, wherever the aliases move."""
+        return f"models:/{self.name}/{self.version}"
+
+
+def find_entry(name: str, tracking_uri: str, alias: str) -> Entry | None:
+    """The version of a registered model that an alias, or a number, points at; None where the alias is not set.
+
+    Raises:
+        UserError: no such model or version, or the server fails.
+    """
+    _require_database(tracking_uri)
+    with mlflow_errors(tracking_uri):
+        client = mlflow_client(tracking_uri)
+        aliases = {key: int(value) for key, value in client.get_registered_model(name).aliases.items()}
+        number = int(alias) if alias.isdecimal() else aliases.get(alias)
+        if number is None:
+            return None
+        found = client.get_model_version(name, str(number))
+    pointing = tuple(sorted(key for key, value in aliases.items() if value == number))
+    return Entry(name, number, str(found.run_id or ""), dict(found.tags), pointing)
+
+
+def point_alias(entry: Entry, alias: str, tracking_uri: str, *, tags: Mapping[str, str], over: int | None) -> None:
+    """Writes tags to a version, then moves an alias to it.
+
+    Raises:
+        UserError: the alias no longer points at the version `over` (None: at none), as somebody moved it meanwhile.
+    """
+    with mlflow_errors(tracking_uri):
+        client = mlflow_client(tracking_uri)
+        for key, value in tags.items():
+            client.set_model_version_tag(entry.name, str(entry.version), key, value)
+        now = find_entry(entry.name, tracking_uri, alias)
+        if (None if now is None else now.version) != over:
+            raise UserError(f"{entry.name}@{alias} has been moved in the meantime: call again, to compare with it")
+        client.set_registered_model_alias(entry.name, alias, str(entry.version))
+
+
+def fetch_artifacts(run_id: str, path: str, folder: str, tracking_uri: str) -> str | None:
+    """Copies what a run keeps at `path` into a local folder and returns its place there; None where it has nothing.
+
+    Raises:
+        UserError: no such run, or the server fails.
+    """
+    import mlflow
+
+    with mlflow_errors(tracking_uri), mlflow_at(tracking_uri):
+        above = path.rpartition("/")[0] or None
+        if path not in [item.path for item in mlflow_client(tracking_uri).list_artifacts(run_id, above)]:
+            return None
+        return str(mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=path, dst_path=folder))
+
+
+def _require_database(tracking_uri: str) -> None:
+    database = database_file(tracking_uri)
+    if database is not None and not database.exists():
+        raise UserError(
+            f"no MLflow database at {database}: run this in the folder of the job, or give --tracking-uri"
+        )
+
+
 def fetch_model(uri: str, tracking_uri: str) -> str:
     """The local folder of a registered model's weights and settings, ready for `trainer.checkpoint.load_model`.
 
@@ -152,11 +225,7 @@ def fetch_model(uri: str, tracking_uri: str) -> str:
     """
     import mlflow
 
-    database = database_file(tracking_uri)
-    if database is not None and not database.exists():
-        raise UserError(
-            f"no MLflow database at {database}: run this in the folder of the job, or give --tracking-uri"
-        )
+    _require_database(tracking_uri)
     with mlflow_errors(tracking_uri), mlflow_at(tracking_uri):
         folder = mlflow.artifacts.download_artifacts(artifact_uri=uri)
     artifacts = Path(folder) / "artifacts"

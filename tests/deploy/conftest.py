@@ -18,7 +18,7 @@ from eval.scores import ScoreSettings
 from trainer.checkpoint import save_model
 from trainer.models.factor_analysis import fit_factor_analyser
 from trainer.models.mfa import MFA
-from trainer.tracking import log_folder, start_run
+from trainer.tracking import finish_run, log_dataset, log_folder, start_run
 
 
 def _rows(manifest, split):
@@ -43,14 +43,32 @@ def _class_mixture(manifest, left_out=(), n_factors=5, noise=1.0):
     return model
 
 
-@pytest.fixture(scope="session")
-def digits_reference(digits_pack, tmp_path_factory):
-    """The folder of a reference fitted to the digits' training split."""
-    folder = str(tmp_path_factory.mktemp("reference"))
-    partitions = PackPartitions(digits_pack, "train")
+def _reference(folder, manifest):
+    partitions = PackPartitions(manifest, "train")
     settings = [BinSettings(n_bins=20, n_init=2)]
     fit_reference(partitions, local_pass(partitions), settings, ScoreSettings(())).save(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def digits_reference(digits_pack, tmp_path_factory):
+    """The folder of a reference fitted to the digits' training split."""
+    return _reference(str(tmp_path_factory.mktemp("reference")), digits_pack)
+
+
+@pytest.fixture
+def call(monkeypatch, capfd):
+    """Runs the command line in this process; returns exit code, stdout, stderr."""
+    from cluster import cli
+
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["manymodes", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        out, err = capfd.readouterr()
+        return SimpleNamespace(code=caught.value.code or 0, out=out, err=err)
+
+    return run
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +80,9 @@ def shelf(tmp_path_factory, digits_pack, digits_reference):
     tmp_path = tmp_path_factory.mktemp("shelf")
     uri = f"sqlite:///{tmp_path}/mlflow.db"
 
-    def put(model, name="digits", alias="candidate", manifest=digits_pack, reference=digits_reference):
+    def put(
+        model, name, alias="candidate", *, manifest=digits_pack, reference=digits_reference, data=False, failed=False
+    ):
         folder = tmp_path / f"model-{len(list(tmp_path.iterdir()))}"
         save_model(str(folder), model, "mfa", manifest, dequantised=True)
         run = start_run(uri, "shelf", "run", params={}, tags={})
@@ -70,9 +90,17 @@ def shelf(tmp_path_factory, digits_pack, digits_reference):
             log_folder(uri, run, reference, REFERENCE_ARTIFACT)
         x, _ = _rows(digits_pack, "test")
         with torch.no_grad():
-            found = summarise(model.log_prob(torch.from_numpy(x)).numpy())
+            found = summarise(np.nan_to_num(model.log_prob(torch.from_numpy(x)).numpy()))
         scores = {"test_log_likelihood": found.mean, "test_log_likelihood_se": found.standard_error}
         options = {"name": name, "alias": alias, "tracking_uri": uri, "run_id": run, "scores": scores}
-        return register_model(str(folder), **options, lineage={"recipe": "by hand", "recipe.fingerprint": "0" * 64})
+        lineage = {"recipe": "by hand", "recipe.fingerprint": "0" * 64}
+        registered = register_model(str(folder), **options, lineage=lineage)
+        if data:
+            log_dataset(uri, run, name="digits", source=manifest.base, fingerprint=manifest.fingerprint)
+        finish_run(uri, run, failed=failed)
+        return registered
 
-    return SimpleNamespace(uri=uri, put=put, mixture=partial(_class_mixture, digits_pack))
+    def reference_of(manifest):
+        return _reference(str(tmp_path_factory.mktemp("reference")), manifest)
+
+    return SimpleNamespace(uri=uri, put=put, mixture=partial(_class_mixture, digits_pack), reference_of=reference_of)
