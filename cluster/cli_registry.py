@@ -44,3 +44,17 @@ def promote(
     elif not outcome.contests:
         out_console.print(" ".join(outcome.notes) or f"{name} had no {to}: the candidate is complete.")
     print_fields(**{to: f"models:/{name}@{to} (version {outcome.candidate.version})"})
+
+
+def card(
+    name: str = typer.Argument(help="the registered model: NAME, NAME@ALIAS or NAME@VERSION"),
+    out: str = typer.Option(..., "--out", help="HTML file"),
+    tracking_uri: str = TRACKING,
+) -> None:
+    """Writes a model card: scores with their protocol, pictures, how to load it, where it comes from."""
+    from data import storage
+    from deploy.card import model_card
+    from trainer.tracking import resolve_uri
+
+    storage.write_text(out, model_card(name, resolve_uri(tracking_uri)))
+    print_fields(card=out)
