@@ -32,7 +32,7 @@ def submit(
     kubernetes: bool = typer.Option(False, "--kubernetes", help="print a RayJob manifest, with a cluster of its own"),
     apply: bool = typer.Option(False, "--apply", help="--kubernetes: create it by kubectl instead of printing it"),
     image: str = typer.Option(None, "--image", help="--kubernetes: image of all Ray containers"),
-    cluster: str = typer.Option(None, "--cluster", help="--kubernetes: file of an overlay's manifests, or - to read it"),
+    cluster: str = typer.Option(None, "--cluster", help="--kubernetes: file of an overlay's manifests, or -"),
     namespace: str = typer.Option(None, "--namespace", help="--kubernetes: default that of --cluster, else manymodes"),
     name: str = typer.Option(None, "--name", help="--kubernetes: of the RayJob; default the recipe's and a random end"),
 ) -> None:

@@ -89,9 +89,8 @@ def test_faults_are_one_line_before_anything_is_sent():
 
 
 def test_a_manifest_is_printed_for_kubernetes():
-    found = CliRunner().invoke(
-        app, ["submit", "digits", "--out", "s3://b/x", "--kubernetes", "--image", "example/manymodes:1", "--name", "one"]
-    )
+    arguments = ["submit", "digits", "--out", "s3://b/x", "--kubernetes", "--image", "example/manymodes:1"]
+    found = CliRunner().invoke(app, [*arguments, "--name", "one"])
     assert found.exit_code == 0, found.exception
     manifest = yaml.safe_load(found.stdout)
     assert (manifest["kind"], manifest["metadata"]["name"]) == ("RayJob", "one")
