@@ -26,7 +26,9 @@ ROOMS = ("cluster", "data", "deploy", "eval", "trainer")
 OVERLAYS = sorted(path.name for path in (KUBERNETES / "overlays").iterdir())
 CHECK = Path(os.environ.get("MANYMODES_MANIFEST_CHECK", ROOT.parent / "shared" / "tools" / "check_deploy.py"))
 CRDS = Path(os.environ.get("MANYMODES_KUBERAY_CRDS", ROOT.parent / "shared" / "kuberay"))
-SECRETS = {"ray-token", "storage", "mlflow-server", "mlflow-client", "postgres", "objects", "redis"}
+# The Secrets that deploy/README.md has people make: the first column of its table.
+TABLE = (ROOT / "deploy" / "README.md").read_text().partition("| Secret |")[2].partition("\n\n")[0]
+SECRETS = {name for row in TABLE.splitlines() for name in re.findall("`([a-z-]+)`", row[: row.find("|", 1)])}
 
 
 @pytest.fixture(scope="session")
