@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 import typer
 from rich.table import Table
@@ -19,9 +19,6 @@ from cluster.entry import leave_interrupted
 from cluster.terminal import RAY, TRACKING, out_console, print_fields, print_table
 from data.errors import UserError, io_error, one_line, printable
 from data.limits import MAX_DRAWN, MAX_SEED
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer(
     name="manymodes",

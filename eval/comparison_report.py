@@ -133,8 +133,8 @@ def scores_table(comparison: Comparison) -> ReportTable | None:
         cells.append([name, better, *values, _itself(found), _taken(comparison, found)])
     note = (
         f"Features: {comparison.reference.space.name}. ±: one standard error, where nothing else is said. Two parts of "
-        "the reference: what one random part of its samples scores against the rest, as a perfect model would at these "
-        "sizes."
+        "the reference: what one random part of it scores against another, as a perfect model would; of the same sizes "
+        "where no others are named."
     )
     classifier = comparison.rows[0].evaluation.protocol.get("classifier")
     if classifier:
@@ -154,8 +154,8 @@ def _taken(comparison: Comparison, found: list[Score | None]) -> str:
     words = {}
     for row, score in zip(comparison.rows, found):
         if score is not None:
-            itself = "" if score.itself_protocol is None else f"; two parts: {score.itself_protocol}"
-            words[row.name] = score.words + itself
+            other = score.itself_protocol not in (None, score.protocol)
+            words[row.name] = score.words + (f"; two parts: {score.itself_protocol}" if other else "")
     if len(set(words.values())) == 1:
         return next(iter(words.values()))
     return "; ".join(f"{name}: {each}" for name, each in words.items())

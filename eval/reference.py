@@ -146,7 +146,7 @@ def fit_reference(
     named: dict[str, Any] = {
         "name": name or partitions.name, "fingerprint": partitions.fingerprint, "space": space
     }  # fmt: skip
-    also = {"summary": Summary(scores, partitions.n)}
+    also = {"summary": Summary(scores, partitions.n, parts=2)}
     if labels:
         fitted = label_bins(over, settings[0], also=also, **named)
     else:

@@ -14,7 +14,7 @@ from eval.canvas import is_image
 from eval.metrics.kernel import kernel_distance
 from eval.metrics.manifold import Memorisation, manifold_scores
 from eval.metrics.moments import MAX_FEATURES, Moments, frechet_distance, frechet_standard_error
-from eval.metrics.predictions import Predictions
+from eval.metrics.predictions import LEAST_IN_SPLIT, Predictions
 from eval.metrics.sharpness import Sharpness
 from eval.metrics.transport import sinkhorn_divergence, sliced_wasserstein
 from eval.observed import MAX_CLASSES, PIXELS, Observed, Sketch
@@ -93,19 +93,26 @@ class Score:
 
 
 class Summary:
-    """What the scores need to know of a set: moments, a random subset, class predictions, labels, sharpness."""
+    """What the scores need to know of a set: moments, a random subset, class predictions, labels, sharpness.
 
-    def __init__(self, settings: ScoreSettings, n: int | None = None) -> None:
-        self.settings, self.n = settings, n
+    Args:
+        settings: which scores, and the size of the subset.
+        n: of the whole set, where it is known.
+        parts: subsets of that size; a reference keeps two, to be scored against itself.
+    """
+
+    def __init__(self, settings: ScoreSettings, n: int | None = None, parts: int = 1) -> None:
+        self.settings, self.n, self.parts = settings, n, parts
         wanted = set(settings.names)
         # FID needs the subset for its standard error.
-        self.sketch = Sketch(settings.subsample, n, settings.seed) if wanted & {"fid", *_PAIRWISE} else None
+        paired = wanted & {"fid", *_PAIRWISE}
+        self.sketch = Sketch(parts * settings.subsample, n, settings.seed) if paired else None
         self.sharpness = Sharpness() if "sharpness" in wanted else None
         self.moments: Moments | None = None
         self.predictions: Predictions | None = None
         self.labels = np.zeros(0, np.int64)
         self.unlabelled = 0
-        self._itself: dict[int, dict[str, Score]] = {}
+        self._itself: dict[tuple[str, int], dict[str, Score]] = {}
 
     def observe(self, seen: Observed) -> None:
         """Takes in one block; raises UserError for features that are no numbers."""
@@ -162,7 +169,7 @@ class Summary:
 
     def identity(self) -> str:
         """What else it depends on."""
-        return f"summary with unlabelled {self.settings} {self.n}"
+        return f"summary of {self.parts} {self.settings} {self.n}"
 
     def restored(self, arrays: Mapping[str, np.ndarray], number: int) -> Summary:
         """Of that state, of the partition that is number `number` now."""
@@ -191,25 +198,33 @@ class Summary:
             raise ValueError(f"{np.count_nonzero(counts == 0)} of {len(counts)} classes are absent from the reference")
         return counts / n, "labels"
 
-    def itself(self, n_samples: int) -> dict[str, Score]:
-        """The scores of pairs by name, of one random part of the reference against the rest; found once for a size.
+    def paired(self) -> np.ndarray:
+        """Features `[m, d]` of the subset that scores of pairs take.
 
-        A part has `n_samples` of its subset, half of it at the most.
+        Raises:
+            ValueError: none was kept.
+        """
+        if self.sketch is None:
+            raise ValueError("no samples were kept for it")
+        return self.sketch.least(self.settings.subsample)[0]
+
+    def itself(self, name: str, n_samples: int) -> dict[str, Score]:
+        """What one random part of a reference scores against another, by the scores' names; found once for a size.
+
+        Parts are as large as `n_samples` and the subset of the reference, where its samples are enough for both.
         """
         if self.sketch is None:
             return {}
         features = self.sketch.features()
-        size = min(n_samples, len(features) // 2)
+        size = min(n_samples, self.settings.subsample, len(features) // 2)
         if size < _LEAST_PAIRED:
             return {}
-        if size not in self._itself:
+        if (name, size) not in self._itself:
             order = np.random.default_rng([self.settings.seed, 1]).permutation(len(features))
-            a, b = features[np.sort(order[size:])], features[np.sort(order[:size])]
-            taken = [take for name, take in _PAIRS.items() if name in self.settings.names]
-            words = f"{len(a):,} and {len(b):,} samples of the reference"
-            found = [score for take in taken for score in take(a, b, self.settings.seed, _scale_of(features))]
-            self._itself[size] = {score.name: replace(score, protocol=words) for score in found}
-        return self._itself[size]
+            own, rest = np.sort(order[:size]), np.sort(order[size : size + self.settings.subsample])
+            found = _PAIRS[name](features[rest], features[own], self.settings.seed, _scale_of(self.paired()))
+            self._itself[name, size] = {score.name: score for score in found}
+        return self._itself[name, size]
 
 
 _PARTS: dict[str, Any] = {"sketch": Sketch, "sharpness": Sharpness, "moments": Moments, "predictions": Predictions}
@@ -279,17 +294,15 @@ def _frechet(reference: Summary, samples: Summary, space: str) -> Score:
 
 def _paired(name: str, reference: Summary, samples: Summary) -> list[Score]:
     _fitted(reference.sketch, name, reference)
-    if reference.sketch is None or samples.sketch is None:
-        raise ValueError("no samples were kept for it")
-    a, b = reference.sketch.features(), samples.sketch.features()
+    a, b = reference.paired(), samples.paired()
     if min(len(a), len(b)) < _LEAST_PAIRED:
         raise ValueError(f"at least {_LEAST_PAIRED} samples of each are needed, got {len(a)} and {len(b)}")
-    itself = reference.itself(len(b))
+    itself = reference.itself(name, len(b))
+    found = _PAIRS[name](a, b, samples.settings.seed, _scale_of(a))
     return [
-        score if (own := itself.get(score.name)) is None
-        else replace(score, itself=own.value, itself_protocol=own.protocol)
-        for score in _PAIRS[name](a, b, samples.settings.seed, _scale_of(a))
-    ]  # fmt: skip
+        replace(score, itself=own.value, itself_protocol=own.protocol) if (own := itself.get(score.name)) else score
+        for score in found
+    ]
 
 
 def _scale_of(features: np.ndarray) -> float:
@@ -328,7 +341,7 @@ def _transport(a: np.ndarray, b: np.ndarray, seed: int, scale: float) -> list[Sc
     found = [Score("sliced Wasserstein", sliced.value, sliced.standard_error, "lower", words)]
     if scale <= 0:
         return [*found, Score("Sinkhorn divergence", None, reason="all reference samples are the same: ε would be 0")]
-    few, own = (part[:: -(-len(part) // _SINKHORN_SAMPLES)] for part in (a, b))
+    few, own = (x[np.linspace(0, len(x) - 1, min(len(x), _SINKHORN_SAMPLES)).astype(int)] for x in (a, b))
     sinkhorn = sinkhorn_divergence(few, own, epsilon=_SINKHORN_REGULARISATION * scale)
     words = (
         f"squared distance, ε = {sinkhorn.regularisation:.3g} ({_SINKHORN_REGULARISATION:g} of the mean within the "
@@ -368,7 +381,8 @@ def _classes(reference: Summary, samples: Summary) -> list[Score]:
         raise ValueError("no class probabilities: name a --classifier")
     inception = predicted.inception_score()
     error = inception.standard_deviation if inception.splits > 1 else None
-    words = f"{inception.splits} splits, {predicted.n:,} samples" + ("" if error is None else "; ±: over splits")
+    splits = f"{inception.splits} splits of {LEAST_IN_SPLIT} samples or more; ±: over splits"
+    words = f"{predicted.n:,} samples, {'no splits' if error is None else splits}"
     found = [Score("Inception score", inception.mean, error, "higher", words)]
     try:
         share, source = reference.label_distribution()

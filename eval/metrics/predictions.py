@@ -20,6 +20,7 @@ from eval.metrics.hashing import splitmix64
 
 # How far probabilities in half precision may miss their range and their sum.
 _TOLERANCE = 2e-3
+LEAST_IN_SPLIT = 50
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ class Predictions:
         """Classes that are the likeliest one of at least one sample."""
         return int(np.count_nonzero(self.predicted))
 
-    def inception_score(self, least: int = 50) -> InceptionScore:
+    def inception_score(self, least: int = LEAST_IN_SPLIT) -> InceptionScore:
         """exp(mean KL(p(y|x) || p(y))) of every split, with that split's own p(y): 1 to `n_classes`, higher is better.
 
         Splits are joined, to a divisor of their number, until each has `least` samples or one is left: the score of a
