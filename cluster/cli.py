@@ -294,7 +294,7 @@ _JUDGING = (
     *(cli_scores.evaluate, cli_scores.compare, cli_scores.reference, cli_scores.watch, cli_scores.study),
     cli_scores.features,
 )
-_REGISTRY = (cli_registry.promote, cli_registry.card)
+_REGISTRY = (cli_registry.promote, cli_registry.card, cli_registry.serve)
 for command in (*_JUDGING, *_REGISTRY):
     app.command()(command)
 app.command()(cli_jobs.submit)

@@ -58,3 +58,28 @@ def card(
 
     storage.write_text(out, model_card(name, resolve_uri(tracking_uri)))
     print_fields(card=out)
+
+
+def serve(
+    model: str = typer.Argument(help="models:/NAME@ALIAS, or the --out folder of a run"),
+    host: str = typer.Option("127.0.0.1", "--host", help="address that is listened to"),
+    port: int = typer.Option(8000, "--port", min=1, max=65535),
+    no_token: bool = typer.Option(False, "--no-token", help="let everybody on this machine in (loopback only)"),
+    max_body_mb: float = typer.Option(16, "--max-body-mb", min=0.001, max=1024, help="largest request"),
+    max_rows: int = typer.Option(10_000, "--max-rows", min=1, help="most samples in a request"),
+    tracking_uri: str = TRACKING,
+) -> None:
+    """Serves a model over HTTP: /sample, /score, /inpaint, /health, /metrics. Ctrl-C ends it."""
+    from deploy.serving.jobs import Limits
+    from deploy.serving.server import check_place, serving
+
+    token = check_place(host, port, no_token)
+    from cluster.models import open_model
+    from cluster.session import ray_session
+
+    opened = open_model(model, tracking_uri)  # what cannot be served is told before anything starts
+    limits = Limits(body_bytes=int(max_body_mb * 1e6), rows=max_rows)
+    with ray_session(None, 1), serving(opened.folder, model, host, port, token, limits) as wait:
+        print_fields(model=model, address=f"http://{host}:{port}", token="none" if token is None else "as set")
+        wait()
+    out_console.print("ended")
