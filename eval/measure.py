@@ -7,7 +7,7 @@ to the bit.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +64,7 @@ class View:
 def observe_partition(
     partitions: Partitions, number: int, view: View, observers: Mapping[str, Any]
 ) -> Mapping[str, Any]:
-    """Fresh copies of the observers that have seen one partition.
+    """Copies of the observers that have seen one partition, without what they were given (see `light`).
 
     Raises:
         UserError: damaged data, or samples that an observer refuses; it names the set.
@@ -85,7 +85,12 @@ def observe_partition(
                 observer.observe(seen)
         except UserError as error:
             raise UserError(f"{partitions.name}: {error}") from error
-    return found
+    return light(found)
+
+
+def light(observers: Mapping[str, Any]) -> dict[str, Any]:
+    """What the observers found, without what they were given where that may be large (`found`): to be merged."""
+    return {name: each.found() if hasattr(each, "found") else each for name, each in observers.items()}
 
 
 def blocks(partitions: Partitions, number: int) -> Iterator[tuple[int, np.ndarray, np.ndarray | None]]:
@@ -129,24 +134,31 @@ def local_pass(
     seen_by, look = view or View(), observe or observe_partition
 
     def over(observers: Mapping[str, Any]) -> Mapping[str, Any]:
-        total: dict[str, Any] = {}
-        done = 0
-        for number in range(len(partitions)):
-            merge_into(total, look(partitions, number, seen_by, observers))
-            done += 1 if partitions.sizes is None else partitions.sizes[number]
-            progress(done, total=len(partitions) if partitions.n is None else partitions.n)
-        if not total:
-            raise UserError(f"{partitions.name}: no samples there: check the path and the split")
-        return total
+        parts = (look(partitions, number, seen_by, observers) for number in range(len(partitions)))
+        return merged(partitions, observers, parts, progress)
 
     return over
 
 
-def merge_into(total: dict[str, Any], part: Mapping[str, Any]) -> None:
-    """Adds what the observers of one more partition have seen."""
-    for name, observer in part.items():
-        if name in total:
+def merged(
+    partitions: Partitions,
+    observers: Mapping[str, Any],
+    parts: Iterable[Mapping[str, Any]],
+    progress: Callable[..., Any],
+) -> Mapping[str, Any]:
+    """Copies of the observers that have taken in what those of every partition have seen, in the set's order.
+
+    Raises:
+        UserError: there are no partitions.
+    """
+    total = copy.deepcopy(dict(observers))
+    done = 0
+    for number, part in enumerate(parts):
+        for name, observer in part.items():
             total[name].merge(observer)
-        else:
-            total[name] = copy.deepcopy(observer)  # what Ray brings cannot be written to
+        done += 1 if partitions.sizes is None else partitions.sizes[number]
+        progress(done, total=len(partitions) if partitions.n is None else partitions.n)
+    if not len(partitions):
+        raise UserError(f"{partitions.name}: no samples there: check the path and the split")
+    return total
 
