@@ -24,12 +24,15 @@ from scipy import sparse
 from data import kmeans, storage
 from data.errors import UserError
 from data.limits import MAX_SEED
+from eval.canvas import is_image
 from eval.observed import Digest, Extent, Observed, Pass, Sketch, Spread, moved
 
 PIXELS = "pixels"
-# Pictures of members that travel with the bins: no more than these bytes, and no more of a bin than these.
+# Pictures of members that travel with the bins: no more than these bytes, and no more of a bin than these. Each may
+# cost a request to a store: no more than so many in all.
 _PICTURED_BYTES = 64 << 20
 MEMBERS = 8
+PICTURED = 1000
 # Rows are handled in blocks of about this many bytes: memory stays flat, and float32 sums stay short (see CentreSums).
 _BLOCK_BYTES = 32 << 20
 
@@ -357,8 +360,10 @@ def _counted(over: Pass, drafts: Sequence[Bins]) -> list[Bins]:
 
 
 def pictured(shape: tuple[int, ...], n_bins: int) -> int:
-    """Members of each bin whose pictures are worth keeping with the bins."""
-    return min(MEMBERS, _PICTURED_BYTES // max(1, n_bins * math.prod(shape) * 4))
+    """Members of each bin whose pictures are worth keeping with the bins: none where samples are no images."""
+    if not is_image(shape):
+        return 0
+    return min(MEMBERS, max(1, PICTURED // n_bins), _PICTURED_BYTES // max(1, n_bins * math.prod(shape) * 4))
 
 
 class CentreSums:

@@ -246,3 +246,22 @@ def test_results_do_not_carry_the_bins_back():
         means[k] = x[nearest == k].mean(0, dtype=np.float64)
     np.testing.assert_allclose(whole["sums"].means(), means, rtol=1e-6)
     assert not observers["sums"].counts.any()
+
+
+def test_a_saved_reference_keeps_few_pictures_and_none_of_vectors(tmp_path, monkeypatch):
+    """Reading them back may cost a request each: their number is bounded whatever the number of bins."""
+    monkeypatch.setattr("eval.bins.PICTURED", 20)
+    monkeypatch.setattr("eval.reference.PICTURED", 20)
+    for name, shape, kept in (("images", (6, 5, 1), 20), ("vectors", (30,), 0)):
+        parts = samples(shape=shape)
+        read = []
+        fetch = parts.fetch
+        parts.fetch = lambda positions, fetch=fetch, read=read: read.extend(positions) or fetch(positions)
+        settings = [BinSettings(n_bins=30, n_init=1)]
+        reference = fit_reference(parts, local_pass(parts), settings, ScoreSettings(()))
+        reference.save(str(tmp_path / name))
+        assert len(read) == kept
+        bins = Reference.load(str(tmp_path / name)).bins[0]
+        assert (bins.pictures is not None) == bool(kept)
+        found = Reference.load(str(tmp_path / name)).members(bins, np.arange(30))
+        assert sum(map(len, found)) == kept
