@@ -260,6 +260,7 @@ def features(
     place: str = typer.Argument(help=PLACES),
     features: str = typer.Option(..., "--features", help="as for `evaluate`"),
     out: str = typer.Option(..., "--out", help="folder or URL for the pack of vectors"),
+    classifier: str = CLASSIFIER,
     split: str = typer.Option("test", "--split", help="splits of PLACE, as test or train,test"),
     size: int = SIZE,
     grey: bool = GREY,
@@ -276,7 +277,7 @@ def features(
     from cluster.scoring import open_set, running
     from data import storage
 
-    given = {**dict(locals()), "classifier": None}
+    given = dict(locals())
     with running(_looking(given), Stages()) as runner:
         sets = {name: open_set(place, _taking(given, name)) for name in _parts(split)}
         manifest = write_features(runner, sets, place, storage.check_url(out))

@@ -116,7 +116,8 @@ def _seen(partitions: Partitions, number: int, piece: Piece, view: View) -> Obse
     x = scale(piece.x, partitions.levels)
     features, probabilities = view.look(x)
     ids = sample_ids(partitions.seeds[number], len(x), piece.start)
-    return Observed(x, features, ids, np.arange(len(x)), piece.label, probabilities)
+    told = piece.probabilities if probabilities is None else probabilities
+    return Observed(x, features, ids, np.arange(len(x)), piece.label, told)
 
 
 def export_missing(

@@ -48,6 +48,7 @@ class Piece:
         start: place of the first row in its partition.
         keys: gives the name of every row, unique in the set.
         noise: words that key the noise of dequantisation, beside its seed.
+        probabilities: [rows, n_classes] float32 of a classifier, where they are kept with the samples.
     """
 
     x: np.ndarray
@@ -55,6 +56,7 @@ class Piece:
     start: int
     keys: Callable[[], list[str]]
     noise: tuple[int, ...] = (_NOISE,)
+    probabilities: np.ndarray | None = None
 
     def dequantised(self, levels: int, seed: int) -> np.ndarray:
         """The samples with noise in [0, 1), see `data.pixels.dequantise`: the same whoever reads them."""
@@ -286,7 +288,8 @@ class PackPartitions(Partitions):
             if wanted is None or ((wanted >= start) & (wanted < start + rows)).any():
                 found = read_member(self.manifest, shard, member)
                 names = functools.partial(_member_keys, stem, member, rows)
-                yield Piece(found["x"], found.get("label"), start, names, (EVAL_NOISE, first + member))
+                noise, told = (EVAL_NOISE, first + member), found.get("probabilities")
+                yield Piece(found["x"], found.get("label"), start, names, noise, told)
             start += rows
 
 

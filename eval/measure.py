@@ -30,7 +30,7 @@ class View:
     """What is looked at in every sample: features, and class probabilities.
 
     Without `features` distances are measured between the samples' own values. Without `classifier` the probabilities
-    are those of the features' own extractor, where it has any.
+    are those of the features' own extractor, where it has any, or those that are kept with the samples.
     """
 
     features: Extractor | None = None
@@ -70,7 +70,7 @@ def observe_partition(
         UserError: damaged data, or samples that an observer refuses; it names the set.
     """
     found = {name: copy.deepcopy(observer) for name, observer in observers.items()}
-    for start, x, labels in blocks(partitions, number):
+    for start, x, labels, kept in blocks(partitions, number):
         try:
             features, probabilities = view.look(x)
             seen = Observed(
@@ -79,7 +79,7 @@ def observe_partition(
                 ids=sample_ids(partitions.seeds[number], len(x), start),
                 positions=position(number, np.arange(start, start + len(x))),
                 labels=labels,
-                probabilities=probabilities,
+                probabilities=kept if probabilities is None else probabilities,
             )
             for observer in found.values():
                 observer.observe(seen)
@@ -93,8 +93,12 @@ def light(observers: Mapping[str, Any]) -> dict[str, Any]:
     return {name: each.found() if hasattr(each, "found") else each for name, each in observers.items()}
 
 
-def blocks(partitions: Partitions, number: int) -> Iterator[tuple[int, np.ndarray, np.ndarray | None]]:
-    """A partition in large blocks: the first row's place, samples on the scale of the scores, labels or None."""
+# The first row's place, samples on the scale of the scores, labels or None, class probabilities or None.
+_Block = tuple[int, np.ndarray, np.ndarray | None, np.ndarray | None]
+
+
+def blocks(partitions: Partitions, number: int) -> Iterator[_Block]:
+    """A partition in large blocks: first place, samples on the scale of the scores, labels, class probabilities."""
     waiting: list[Piece] = []
     held = 0
     for piece in partitions.pieces(number):
@@ -107,11 +111,16 @@ def blocks(partitions: Partitions, number: int) -> Iterator[tuple[int, np.ndarra
         yield _joined(waiting, partitions.levels)
 
 
-def _joined(pieces: list[Piece], levels: int | None) -> tuple[int, np.ndarray, np.ndarray | None]:
+def _joined(pieces: list[Piece], levels: int | None) -> _Block:
     x = pieces[0].x if len(pieces) == 1 else np.concatenate([piece.x for piece in pieces])
-    known = [piece.label for piece in pieces if piece.label is not None]
-    labels = np.concatenate(known) if len(known) == len(pieces) else None
-    return pieces[0].start, scale(x, levels), labels
+    labels = _whole([piece.label for piece in pieces])
+    return pieces[0].start, scale(x, levels), labels, _whole([piece.probabilities for piece in pieces])
+
+
+def _whole(parts: list[np.ndarray | None]) -> np.ndarray | None:
+    """All of them together; None where some are missing."""
+    known = [part for part in parts if part is not None]
+    return np.concatenate(known) if len(known) == len(parts) else None
 
 
 Observe = Callable[[Partitions, int, View, Mapping[str, Any]], Mapping[str, Any]]

@@ -1,14 +1,12 @@
 """Passes over partitions: the same result however the set is cut, and what is kept of partitions is not read again."""
 
-from types import SimpleNamespace
-
 import cloudpickle
 import numpy as np
 import pytest
 from scipy.spatial.distance import cdist
 
 from data.errors import UserError
-from data.partitions import MemoryPartitions, position
+from data.partitions import MemoryPartitions, Piece, position
 from eval.bins import BinCounts, Bins, BinSettings, CentreSums, fit_bins, label_bins
 from eval.comparison import judge
 from eval.evaluate import Rule
@@ -46,7 +44,7 @@ def test_blocks_do_not_matter(monkeypatch):
     once = local_pass(whole)(observers)
     monkeypatch.setattr("eval.measure._BLOCK_ROWS", 1)
     monkeypatch.setattr(MemoryPartitions, "pieces", lambda self, number: (
-        SimpleNamespace(x=self.x[i : i + 64], label=None, start=i) for i in range(0, len(self.x), 64)
+        Piece(self.x[i : i + 64], None, i, list) for i in range(0, len(self.x), 64)
     ))  # fmt: skip
     pieces = local_pass(whole)(observers)
     np.testing.assert_array_equal(once["bins"].counts, pieces["bins"].counts)
