@@ -21,8 +21,8 @@ from data.partitions import Partitions, Piece
 from data.pixels import scale
 from data.shards import write_shard
 from eval.bins import Bins
-from eval.measure import View
-from eval.observed import Observed, sample_ids
+from eval.measure import View, seen_by
+from eval.observed import Observed
 from eval.reference import Reference
 
 _SHARD_BYTES = 64 << 20
@@ -114,10 +114,7 @@ def _rows(partitions: Partitions, number: int, piece: Piece, view: View, look: _
 
 def _seen(partitions: Partitions, number: int, piece: Piece, view: View) -> Observed:
     x = scale(piece.x, partitions.levels)
-    features, probabilities = view.look(x)
-    ids = sample_ids(partitions.seeds[number], len(x), piece.start)
-    told = piece.probabilities if probabilities is None else probabilities
-    return Observed(x, features, ids, np.arange(len(x)), piece.label, told)
+    return seen_by(view, partitions, number, piece.start, x, piece.label, piece.probabilities)
 
 
 def export_missing(

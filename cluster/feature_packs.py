@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from cluster.scoring import Runner
 from data import storage
 from data.errors import UserError
 from data.manifest import Manifest, Origin, ShardRecord, SplitRecord, save_manifest
 from data.members import Block
-from data.partitions import Partitions
+from data.partitions import CLASSIFIED, Partitions
 from data.shards import clear_killed, packing, write_shard
 from eval.measure import View, blocks
 
@@ -58,8 +59,13 @@ def write_features(runner: Runner, sets: Mapping[str, Partitions], place: str, d
         if len(kinds) != 1:
             what = "have labels only in part, or features of several lengths" if kinds else "are none"
             raise UserError(f"{place}: the samples {what}: repair them first")
-        (_, n_features), = kinds
-        seen = {"features": view.space.name, "fingerprint": view.space.fingerprint, **view.facts()}
+        ((fields, n_features),) = kinds
+        seen: dict[str, Any] = {"features": view.space.name, "fingerprint": view.space.fingerprint, **view.facts()}
+        by, known = view.classes, first.classifier
+        if by is not None:
+            known = (by.name, by.fingerprint, by.of_labels)
+        if "probabilities" in fields and known is not None:
+            seen[CLASSIFIED] = dict(zip(("name", "fingerprint", "of_labels"), known))
         manifest = Manifest(
             name=first.name,
             shape=(n_features,),

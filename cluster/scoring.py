@@ -18,7 +18,8 @@ from data.errors import UserError
 from data.partitions import Partitions, open_partitions
 from data.sources import is_spec
 from eval.bins import BinSettings
-from eval.comparison import Comparison, bins_table, judge, report_sections, row_sections, scores_table
+from eval.comparison import Comparison, judge_set
+from eval.comparison_report import bins_table, report_sections, row_sections, scores_table
 from eval.drawn import DrawnPartitions
 from eval.evaluate import Rule
 from eval.measure import View, local_pass
@@ -189,7 +190,8 @@ def reference_of(
     if is_reference(place):
         with runner.stages.stage("load reference"):
             reference = Reference.load(storage.check_url(place))
-        if reference.bins[0].centres is not None and reference.space != space:
+        measured = reference.bins[0].centres is not None or reference.summary.settings.names
+        if measured and reference.space != space:
             raise UserError(
                 f"{place}: fitted to {reference.space.name} ({reference.space.fingerprint[:12]}), the samples are seen "
                 f"by {space.name} ({space.fingerprint[:12]}): give the same --features"
@@ -236,10 +238,10 @@ def _no_search(
     if "memorisation" not in scores.names:
         return "not asked for"
     if known is None:
-        return "not tested: the samples of the reference are not at hand"
+        return "the reference's samples are not at hand: give the set that it was fitted to"
     if held_out is None:
-        return "not tested: there is no held-out data, which --held-out names"
-    return "not tested: the samples are the held-out data" if _shared(samples, held_out) else None
+        return "no held-out data: name it by --held-out"
+    return "the samples are the held-out data" if _shared(samples, held_out) else None
 
 
 def score_sets(
@@ -275,14 +277,14 @@ def score_sets(
             facts |= _of("held_out", {"fingerprint": held_out.fingerprint, **held_out.facts})
         with runner.stages.stage(f"score {name}"[:22], unit="samples") as advance:
             likelihood = None if density is None else log_likelihood(runner, samples, density, advance)
-            row = judge(
+            row = judge_set(
                 *(samples, runner.over(samples, advance, store), reference),
                 name=name,
                 rule=rule,
                 scores=scores,
                 log_likelihood=likelihood,
                 over_reference=None if partitions is None else runner.over(partitions, advance),
-                held_out=None if reason or held_out is None else (held_out, runner.over(held_out, advance)),
+                held_out=reason if reason or held_out is None else (held_out, runner.over(held_out, advance)),
                 stored=store is not None,
                 extras=facts,
             )
@@ -318,23 +320,32 @@ def comparison_report(comparison: Comparison, seconds: dict[str, float]) -> str:
 
 
 def saved_table(files: Sequence[str]) -> ReportTable:
-    """NDB and JS of results that `evaluate --json` printed, side by side.
+    """NDB and JS of results that `evaluate` or `compare` printed by --json, side by side: every set of every file.
 
     Raises:
-        UserError: no such results, or scores by different bins.
+        UserError: no such results, or scores by different bins or rules.
     """
-    cells, used = [], {}
+    cells: list[list[Any]] = []
+    bins, rules = {}, {}
     for file in files:
         try:
             found = json.loads(storage.read_bytes(file))
-            found = found[0] if isinstance(found, list) else found
-            used[file] = found["protocol"]["bins_fingerprint"]
-            ndb = f"{found['ndb']} of {found['bins']}"
-            cells.append([found["name"], ndb, f"{found['js']:.4f}", found["n_samples"]])
-        except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise UserError(f"{file}: no result of `evaluate --json`: print it again") from error
-    if len(set(used.values())) > 1:
-        told = ", ".join(f"{file}: {fingerprint[:12]}" for file, fingerprint in used.items())
-        raise UserError(f"these scores were taken by different bins and do not compare ({told}): use one --reference")
-    columns = ["samples", "NDB", "JS (nats)", "n"]
-    return ReportTable("Saved results", columns, cells, f"Bins {next(iter(used.values()))[:12]}.")
+            for row in found if isinstance(found, list) else [found]:
+                called = f"{file}: {row['name']}"
+                bins[called], rules[called] = row["protocol"]["bins_fingerprint"][:12], row["threshold"]
+                (low, high), js = row["intervals"]["ndb_over_k"], row["intervals"]["js"]
+                cells.append([
+                    *(row["name"], f"{row['ndb']} of {row['bins']}", str(row["ndb_holm"]), f"{low:.3f}–{high:.3f}"),
+                    *(f"{row['js']:.4f}", f"{js[0]:.4f}–{js[1]:.4f}", row["n_samples"]),
+                ])  # fmt: skip
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{file}: no result of `evaluate --json` or `compare --json`: print it again") from error
+    for used, what, remedy in ((bins, "bins", "--reference"), (rules, "rules", "--significance or --z-threshold")):
+        if len(set(used.values())) > 1:
+            told = ", ".join(f"{called}: {value}" for called, value in used.items())
+            raise UserError(f"these scores are by different {what} and do not compare ({told}): use one {remedy}")
+    if not cells:
+        raise UserError(f"{', '.join(files)}: no results in there: print them again by `evaluate --json`")
+    columns = ["samples", "NDB", "Holm", "NDB/K, 95 %", "JS (nats)", "95 %", "n"]
+    note = f"Bins {next(iter(bins.values()))}; a bin differs where {next(iter(rules.values()))}."
+    return ReportTable("Saved results", columns, cells, note)

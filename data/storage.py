@@ -254,9 +254,12 @@ def local_copy(url: str) -> Iterator[Path]:
     if is_local(url):
         yield Path(url)
         return
+    fs, path = filesystem(url)
     with tempfile.TemporaryDirectory() as place:
-        for name in names(url):
-            (Path(place) / name).write_bytes(read_bytes(join(url, name)))
+        try:
+            fs.get(path.rstrip("/") + "/", place, recursive=True)
+        except OSError as error:
+            raise io_error(error, url, "read") from error
         yield Path(place)
 
 

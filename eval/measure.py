@@ -16,9 +16,8 @@ import numpy as np
 from data.errors import UserError
 from data.partitions import Partitions, Piece, position
 from data.pixels import scale
-from eval.bins import Space
 from eval.features import Extractor, Features
-from eval.observed import Observed, Pass, sample_ids
+from eval.observed import GIVEN, Observed, Pass, Space, sample_ids
 
 # Pieces are joined to blocks of about so many bytes: matrix products want many rows.
 _BLOCK_BYTES = 32 << 20
@@ -44,7 +43,7 @@ class View:
     def facts(self) -> dict[str, Any]:
         """For protocols, beside the space: what is done to images first, and which classifier tells classes."""
         found = {} if self.features is None else {"features_preprocessing": self.features.preprocessing}
-        classifier = self.classifier or self.features
+        classifier = self.classes
         if classifier is None:
             return found
         return {
@@ -53,6 +52,11 @@ class View:
             "classifier_fingerprint": classifier.fingerprint,
             "classifier_preprocessing": classifier.preprocessing,
         }
+
+    @property
+    def classes(self) -> Extractor | None:
+        """What gives class probabilities, where it has any."""
+        return self.classifier or self.features
 
     def look(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """Features [n, d] and class probabilities [n, n_classes] or None."""
@@ -72,20 +76,40 @@ def observe_partition(
     found = {name: copy.deepcopy(observer) for name, observer in observers.items()}
     for start, x, labels, kept in blocks(partitions, number):
         try:
-            features, probabilities = view.look(x)
-            seen = Observed(
-                x=x,
-                features=features,
-                ids=sample_ids(partitions.seeds[number], len(x), start),
-                positions=position(number, np.arange(start, start + len(x))),
-                labels=labels,
-                probabilities=kept if probabilities is None else probabilities,
-            )
+            seen = seen_by(view, partitions, number, start, x, labels, kept)
             for observer in found.values():
                 observer.observe(seen)
         except UserError as error:
             raise UserError(f"{partitions.name}: {error}") from error
     return light(found)
+
+
+def seen_by(
+    view: View,
+    partitions: Partitions,
+    number: int,
+    start: int,
+    x: np.ndarray,
+    labels: np.ndarray | None,
+    kept: np.ndarray | None,
+) -> Observed:
+    """Samples start, start + 1, ... of a partition as the view sees them; `kept` are probabilities stored with them."""
+    features, probabilities = view.look(x)
+    by, known, told = view.classes, partitions.classifier, None
+    if probabilities is not None and by is not None:
+        told = (by.name, by.fingerprint, by.of_labels)
+    elif kept is not None and known is not None:
+        probabilities, told = kept, known
+    return Observed(
+        x=x,
+        features=features,
+        ids=sample_ids(partitions.seeds[number], len(x), start),
+        positions=position(number, np.arange(start, start + len(x))),
+        labels=labels,
+        probabilities=probabilities,
+        labelled_by=GIVEN if told is None else Space(*told[:2]),
+        of_labels=told is not None and told[2],
+    )
 
 
 def light(observers: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,14 +137,12 @@ def blocks(partitions: Partitions, number: int) -> Iterator[_Block]:
 
 def _joined(pieces: list[Piece], levels: int | None) -> _Block:
     x = pieces[0].x if len(pieces) == 1 else np.concatenate([piece.x for piece in pieces])
-    labels = _whole([piece.label for piece in pieces])
-    return pieces[0].start, scale(x, levels), labels, _whole([piece.probabilities for piece in pieces])
-
-
-def _whole(parts: list[np.ndarray | None]) -> np.ndarray | None:
-    """All of them together; None where some are missing."""
-    known = [part for part in parts if part is not None]
-    return np.concatenate(known) if len(known) == len(parts) else None
+    labels = None
+    if any(piece.label is not None for piece in pieces):  # -1: none
+        each = (np.full(len(piece.x), -1) if piece.label is None else piece.label for piece in pieces)
+        labels = np.concatenate(list(each))
+    kept = [piece.probabilities for piece in pieces if piece.probabilities is not None]
+    return pieces[0].start, scale(x, levels), labels, np.concatenate(kept) if len(kept) == len(pieces) else None
 
 
 Observe = Callable[[Partitions, int, View, Mapping[str, Any]], Mapping[str, Any]]
