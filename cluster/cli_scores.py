@@ -15,6 +15,7 @@ from data.errors import UserError
 from data.limits import MAX_DRAWN, MAX_SEED, MAX_SIDE
 
 if TYPE_CHECKING:
+    from cluster.densities import DensityOption
     from cluster.scoring import Runner
     from eval.comparison import Comparison
 
@@ -48,6 +49,7 @@ CLASSIFIER = typer.Option(None, "--classifier", help="an extractor that classifi
 HELD_OUT = typer.Option(
     None, "--held-out", help="data nobody trained on, for the search for copies (default: the test split of REF)"
 )
+DENSITY = typer.Option(None, "--density", help="a model (as above): how likely are SAMPLES under it?")
 WORKERS = typer.Option(None, "--workers", min=1, help="share the passes among so many Ray workers")
 GPUS = typer.Option(0.0, "--gpus-per-task", min=0, help="GPUs that a Ray task reserves")
 JSON = typer.Option(False, "--json", help="print one JSON object and nothing else")
@@ -65,6 +67,7 @@ def evaluate(
     features: str = FEATURES,
     classifier: str = CLASSIFIER,
     held_out: str = HELD_OUT,
+    density: str = DENSITY,
     seed: int = SEED,
     n: int = N,
     split: str = SPLIT,
@@ -126,6 +129,7 @@ def compare(
     features: str = FEATURES,
     classifier: str = CLASSIFIER,
     held_out: str = HELD_OUT,
+    density: str = DENSITY,
     seed: int = SEED,
     n: int = N,
     split: str = SPLIT,
@@ -242,6 +246,7 @@ def watch(
         raise UserError(f"{reference}: no fitted reference there: make one with `manymodes reference`")
     given = {
         **dict(locals()), "bins": "100", "scores": "none", "z_threshold": None, "held_out": None, "store": None,
+        "density": None,
         "reference_split": "train", "max_samples": None, "max_dimensions": None, "n_init": 1, "whiten": False,
         "subsample": None,
     }  # fmt: skip
@@ -265,6 +270,7 @@ def features(
     place: str = typer.Argument(help=PLACES),
     features: str = typer.Option(..., "--features", help="as for `evaluate`"),
     out: str = typer.Option(..., "--out", help="folder or URL for the pack of vectors"),
+    classifier: str = CLASSIFIER,
     split: str = typer.Option("test", "--split", help="splits of PLACE, as test or train,test"),
     size: int = SIZE,
     grey: bool = GREY,
@@ -281,7 +287,7 @@ def features(
     from cluster.scoring import open_set, running
     from data import storage
 
-    given = {**dict(locals()), "classifier": None}
+    given = dict(locals())
     with running(_looking(given), Stages()) as runner:
         sets = {name: open_set(place, _taking(given, name)) for name in _parts(split)}
         manifest = write_features(runner, sets, place, storage.check_url(out))
@@ -397,6 +403,7 @@ def _numbers_of_bins(text: str) -> list[int]:
 
 
 def _compare(samples: list[str], given: dict[str, Any]) -> tuple[Comparison, dict[str, float]]:
+    from cluster.densities import DensityOption
     from cluster.progress import Stages
     from cluster.scoring import held_out_of, is_reference, open_set, reference_of, running, score_sets
     from data import storage
@@ -422,6 +429,10 @@ def _compare(samples: list[str], given: dict[str, Any]) -> tuple[Comparison, dic
             searched = "memorisation" in options.scores.names
             named = given["held_out"] if searched else None
             held = None if named is None else open_set(named, _taking(given, given["split"]))
+            asked = given["density"]
+            density = DensityOption(asked, given["tracking_uri"], given["seed"]) if asked else None
+            if density is not None:
+                density.model()  # what is no density is refused before anything starts
             for opened in sets.values() if given["store"] else ():
                 check_lasting(opened)
         fitted, partitions = reference_of(runner, given["reference"], known, options)
@@ -440,17 +451,24 @@ def _compare(samples: list[str], given: dict[str, Any]) -> tuple[Comparison, dic
             scores=scores,
             held_out=held,
             store=None if given["store"] is None else storage.check_url(given["store"]),
+            density=density,
         )
-        _export(runner, comparison, given.get("per_sample"), given.get("export_missing"))
+        _export(runner, comparison, given.get("per_sample"), given.get("export_missing"), density)
     return comparison, {name: round(value, 3) for name, value in stages.seconds.items()}
 
 
-def _export(runner: Runner, comparison: Comparison, per_sample: str | None, export: str | None) -> None:
+def _export(
+    runner: Runner,
+    comparison: Comparison,
+    per_sample: str | None,
+    export: str | None,
+    density: DensityOption | None,
+) -> None:
     from cluster.exports import export_missing, neighbours_of, write_per_sample
 
     row, known = comparison.rows[0], comparison.reference
     if per_sample:
-        write_per_sample(runner, row.samples, known.bins[0], neighbours_of(known), per_sample)
+        write_per_sample(runner, row.samples, known.bins[0], neighbours_of(known), density, per_sample)
     if export:
         result = row.evaluation.result
         missing = [int(k) for k in result.by_evidence() if result.flagged[k] and result.direction(int(k)) == "missing"]

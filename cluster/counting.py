@@ -10,7 +10,7 @@ import ray
 
 from data.errors import StorageError, UserError, one_line
 from data.partitions import Partitions
-from eval.measure import View, merge_into
+from eval.measure import View, merged
 from eval.observed import Pass
 from eval.stored import observe_stored
 
@@ -41,17 +41,9 @@ def ray_pass(
         UserError: as `eval.measure.observe_partition`, or a task that was killed too often.
     """
     def over(observers: Mapping[str, Any]) -> Mapping[str, Any]:
-        total: dict[str, Any] = {}
-        done = 0
         placed = {"cpus_per_task": cpus_per_task, "gpus_per_task": gpus_per_task}
         parts = ray_map(observe_stored, partitions, open_view, dict(observers), store, **placed)
-        for number, part in enumerate(parts):
-            merge_into(total, part)
-            done += 1 if partitions.sizes is None else partitions.sizes[number]
-            progress(done, total=len(partitions) if partitions.n is None else partitions.n)
-        if not total:
-            raise UserError(f"{partitions.name}: no samples there: check the path and the split")
-        return total
+        return merged(partitions, observers, parts, progress)
 
     return over
 

@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from cluster.densities import DensityOption, likelihood_scores, log_likelihood
 from cluster.extractors import open_extractor
 from cluster.models import model_folder, open_model
 from cluster.progress import Stages
@@ -237,10 +238,10 @@ def _no_search(
     if "memorisation" not in scores.names:
         return "not asked for"
     if known is None:
-        return "not tested: the samples of the reference are not at hand"
+        return "the reference's samples are not at hand: give the set that it was fitted to"
     if held_out is None:
-        return "not tested: there is no held-out data, which --held-out names"
-    return "not tested: the samples are the held-out data" if _shared(samples, held_out) else None
+        return "no held-out data: name it by --held-out"
+    return "the samples are the held-out data" if _shared(samples, held_out) else None
 
 
 def score_sets(
@@ -253,9 +254,11 @@ def score_sets(
     scores: ScoreSettings,
     held_out: Partitions | None = None,
     store: str | None = None,
-    extras: Mapping[str, Any] | None = None,
+    density: DensityOption | None = None,
 ) -> Comparison:
     """Judges sets by a reference, each in one pass (and one more over the reference, where copies are searched).
+
+    With `density` one more pass over each set takes the log-likelihood of its samples.
 
     Raises:
         UserError: samples that do not fit the reference, fewer samples than bins, or held-out data that is the
@@ -263,7 +266,8 @@ def score_sets(
     """
     if partitions is not None and held_out is not None and _shared(partitions, held_out):
         raise UserError(f"{held_out.name}: held-out data that is in the reference: name data that nobody trained on")
-    shared = {**reference.facts, **scores.facts(), **runner.view().facts(), **(extras or {})}
+    shared = {**reference.facts, **scores.facts(), **runner.view().facts()}
+    shared |= {} if density is None else density.facts()
     rows = []
     for name, samples in sets.items():
         reason = _no_search(scores, samples, partitions, held_out)
@@ -272,18 +276,21 @@ def score_sets(
             facts |= {"memorisation": "against held-out data", "held_out": held_out.name}
             facts |= _of("held_out", {"fingerprint": held_out.fingerprint, **held_out.facts})
         with runner.stages.stage(f"score {name}"[:22], unit="samples") as advance:
-            rows.append(
-                judge_set(
-                    *(samples, runner.over(samples, advance, store), reference),
-                    name=name,
-                    rule=rule,
-                    scores=scores,
-                    over_reference=None if partitions is None else runner.over(partitions, advance),
-                    held_out=None if reason or held_out is None else (held_out, runner.over(held_out, advance)),
-                    stored=store is not None,
-                    extras=facts,
-                )
+            likelihood = None if density is None else log_likelihood(runner, samples, density, advance)
+            row = judge_set(
+                *(samples, runner.over(samples, advance, store), reference),
+                name=name,
+                rule=rule,
+                scores=scores,
+                log_likelihood=likelihood,
+                over_reference=None if partitions is None else runner.over(partitions, advance),
+                held_out=reason if reason or held_out is None else (held_out, runner.over(held_out, advance)),
+                stored=store is not None,
+                extras=facts,
             )
+        if likelihood is not None and density is not None:
+            row = replace(row, scores=[*row.scores, *likelihood_scores(likelihood, density)])
+        rows.append(row)
     return Comparison(reference, rows)
 
 

@@ -36,6 +36,8 @@ _PIECE_ROWS = 1024
 _ROW_BITS = 32
 # First word of the key of noise, where it is not that of a pack's blocks.
 _NOISE = 11
+# Where a pack's origin tells who gave the class probabilities in it.
+CLASSIFIED = "probabilities_by"
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Piece:
         start: place of the first row in its partition.
         keys: gives the name of every row, unique in the set.
         noise: words that key the noise of dequantisation, beside its seed.
+        probabilities: [rows, n_classes] float32 of a classifier, where they are kept with the samples.
     """
 
     x: np.ndarray
@@ -55,6 +58,7 @@ class Piece:
     start: int
     keys: Callable[[], list[str]]
     noise: tuple[int, ...] = (_NOISE,)
+    probabilities: np.ndarray | None = None
 
     def dequantised(self, levels: int, seed: int) -> np.ndarray:
         """The samples with noise in [0, 1), see `data.pixels.dequantise`: the same whoever reads them."""
@@ -76,6 +80,8 @@ class Partitions(ABC):
         facts: which of the options decided what is read: for protocols.
         sizes: samples of each partition; None where only reading tells.
         fingerprint: SHA-256 of the content, where it is known without reading; else None.
+        classifier: name and fingerprint of what gave class probabilities that are kept with the samples, and whether
+            its classes are the labels; None where none are kept.
         class_names: name of each label, where known.
     """
 
@@ -89,6 +95,7 @@ class Partitions(ABC):
     sizes: Sequence[int] | None
     lasting: bool = True
     fingerprint: str | None = None
+    classifier: tuple[str, str, bool] | None = None
     class_names: Sequence[str] | None = None
 
     @abstractmethod
@@ -245,6 +252,9 @@ class PackPartitions(Partitions):
         self.scale, self.class_names = _scale(manifest.dtype, manifest.levels), manifest.class_names
         self.shape, options = manifest.shape, manifest.source.options
         self.facts = {"split": split, **({"packing": options} if options else {})}
+        by = options.get(CLASSIFIED)
+        if isinstance(by, dict):
+            self.classifier = (str(by.get("name")), str(by.get("fingerprint")), bool(by.get("of_labels")))
         # Of each partition: its shard, the shard's first block in the split, first member and the one after the last.
         self.ranges: list[tuple[ShardRecord, int, int, int]] = []
         keys, sizes, first = [], [], 0
@@ -286,7 +296,8 @@ class PackPartitions(Partitions):
             if wanted is None or ((wanted >= start) & (wanted < start + rows)).any():
                 found = read_member(self.manifest, shard, member)
                 names = functools.partial(_member_keys, stem, member, rows)
-                yield Piece(found["x"], found.get("label"), start, names, (EVAL_NOISE, first + member))
+                noise, told = (EVAL_NOISE, first + member), found.get("probabilities")
+                yield Piece(found["x"], found.get("label"), start, names, noise, told)
             start += rows
 
 

@@ -5,6 +5,7 @@ Source: E. Richardson and Y. Weiss, "On GANs and GMMs", NeurIPS 2018, supplement
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import json
@@ -23,11 +24,14 @@ from scipy import sparse
 from data import kmeans, storage
 from data.errors import UserError
 from data.limits import MAX_SEED
+from eval.canvas import is_image
 from eval.observed import MAX_CLASSES, Digest, Extent, Observed, Pass, Sketch, Space, Spread, moved
 
-# Pictures of members that travel with the bins: no more than these bytes, and no more of a bin than these.
+# Pictures of members that travel with the bins: no more than these bytes, and no more of a bin than these. Each may
+# cost a request to a store: no more than so many in all.
 _PICTURED_BYTES = 64 << 20
 MEMBERS = 8
+PICTURED = 1000
 # Rows are handled in blocks of about this many bytes: memory stays flat, and float32 sums stay short (see CentreSums).
 _BLOCK_BYTES = 32 << 20
 
@@ -342,48 +346,81 @@ def _counted(over: Pass, drafts: Sequence[Bins]) -> list[Bins]:
 
 
 def pictured(shape: tuple[int, ...], n_bins: int) -> int:
-    """Members of each bin whose pictures are worth keeping with the bins."""
-    return min(MEMBERS, _PICTURED_BYTES // max(1, n_bins * math.prod(shape) * 4))
+    """Members of each bin whose pictures are worth keeping with the bins: none where samples are no images."""
+    if not is_image(shape):
+        return 0
+    return min(MEMBERS, max(1, PICTURED // n_bins), _PICTURED_BYTES // max(1, n_bins * math.prod(shape) * 4))
 
 
 class CentreSums:
     """Sums of the features of the samples nearest to each starting centre, in float64."""
 
     def __init__(self, start: np.ndarray, dimensions: np.ndarray, std: np.ndarray | None) -> None:
-        self.start, self.dimensions, self.std = start, dimensions, std
-        self.sums = np.zeros(start.shape)
+        self.start: np.ndarray | None = start
+        self.dimensions, self.std = dimensions, std
         self.counts = np.zeros(len(start), np.int64)
+        # Only of the centres that were hit: a partition holds far fewer values than K centres may have.
+        self.rows = np.zeros(0, np.int64)
+        self.sums = np.zeros((0, start.shape[1]))
 
     def observe(self, seen: Observed) -> None:
         # One sparse product per block: summed in float32 within a block and in float64 between blocks.
+        start = self._known()
         for rows in _blocks(seen.features):
-            members, _ = _assign(seen.features[rows], self.start, self.dimensions, self.std)
-            entries = (np.ones(len(members), np.float32), (members, np.arange(len(members))))
-            self.sums += sparse.csr_array(entries, shape=(len(self.start), len(members))) @ seen.features[rows]
-            self.counts += np.bincount(members, minlength=len(self.start))
+            members, _ = _assign(seen.features[rows], start, self.dimensions, self.std)
+            hit, places = np.unique(members, return_inverse=True)
+            entries = (np.ones(len(members), np.float32), (places, np.arange(len(members))))
+            self._add(hit, sparse.csr_array(entries, shape=(len(hit), len(members))) @ seen.features[rows])
+            self.counts += np.bincount(members, minlength=len(self.counts))
 
     def merge(self, other: Self) -> None:
-        self.sums += other.sums
+        self._add(other.rows, other.sums)
         self.counts += other.counts
+
+    def found(self) -> CentreSums:
+        """Without the starting centres."""
+        light = copy.copy(self)
+        light.start = None
+        return light
 
     def means(self) -> np.ndarray:
         """`[K, d]` float32; the start where a centre has no samples."""
-        counts = self.counts[:, None]
-        return np.where(counts > 0, self.sums / np.maximum(counts, 1), self.start).astype(np.float32)
+        means = self._known().astype(np.float32)
+        means[self.rows] = self.sums / self.counts[self.rows, None]
+        return means
+
+    def _known(self) -> np.ndarray:
+        if self.start is None:
+            raise ValueError("the starting centres are not at hand")
+        return self.start
+
+    def _add(self, rows: np.ndarray, sums: np.ndarray) -> None:
+        every = np.union1d(self.rows, rows)
+        if len(every) > len(self.rows):
+            grown = np.zeros((len(every), sums.shape[1]))
+            grown[np.searchsorted(every, self.rows)] = self.sums
+            self.rows, self.sums = every, grown
+        self.sums[np.searchsorted(every, rows)] += sums
+
+    def __deepcopy__(self, memo: Any) -> CentreSums:
+        """Shares the starting centres, which nobody writes to."""
+        other = copy.copy(self)
+        other.counts, other.rows, other.sums = self.counts.copy(), self.rows.copy(), self.sums.copy()
+        return other
 
 
 class BinCounts:
     """Samples per bin, and a few of each: those with the smallest random numbers."""
 
     def __init__(self, bins: Bins) -> None:
-        self.bins = bins.without_pictures()
+        self.bins: Bins | None = bins.without_pictures()
         n_bins = len(bins.counts)
         self.counts = np.zeros(n_bins, np.int64)
         self._limit = np.full(n_bins, np.iinfo(np.uint64).max, np.uint64)
         self._kept = (np.zeros(0, np.int64), np.zeros(0, np.uint64), np.zeros(0, np.int64))
 
     def observe(self, seen: Observed) -> None:
-        labels, _ = self.bins.assign(seen)
+        labels, _ = self._known().assign(seen)
         self.counts += np.bincount(labels, minlength=len(self.counts))
         rows = seen.ids < self._limit[labels]
         if rows.any():
@@ -392,6 +429,23 @@ class BinCounts:
     def merge(self, other: Self) -> None:
         self.counts += other.counts
         self._keep(*other._kept)
+
+    def found(self) -> BinCounts:
+        """Without the bins."""
+        light = copy.copy(self)
+        light.bins = None
+        return light
+
+    def _known(self) -> Bins:
+        if self.bins is None:
+            raise ValueError("the bins are not at hand")
+        return self.bins
+
+    def __deepcopy__(self, memo: Any) -> BinCounts:
+        """Shares the bins, which nobody writes to."""
+        other = copy.copy(self)
+        other.counts, other._limit = self.counts.copy(), self._limit.copy()
+        return other
 
     def members(self) -> np.ndarray:
         """Positions `[K, MEMBERS]` int64 of some members of every bin, -1 where there are fewer."""
@@ -417,11 +471,11 @@ class BinCounts:
 
     def identity(self) -> str:
         """What else it depends on."""
-        return f"counts {self.bins.fingerprint}"
+        return f"counts {self._known().fingerprint}"
 
     def restored(self, arrays: Mapping[str, np.ndarray], number: int) -> BinCounts:
         """Of that state, of the partition that is number `number` now."""
-        found = BinCounts(self.bins)
+        found = BinCounts(self._known())
         found.counts = arrays["counts"].copy()
         found._keep(arrays["labels"], arrays["ids"], moved(arrays["positions"], number))
         return found

@@ -77,7 +77,7 @@ def judge_set(
     log_likelihood: LogLikelihood | None = None,
     extras: Mapping[str, Any] | None = None,
     over_reference: Pass | None = None,
-    held_out: tuple[Partitions, Pass] | None = None,
+    held_out: tuple[Partitions, Pass] | str | None = None,
     stored: bool = False,
 ) -> Row:
     """Every score of one set of samples, in one pass over it.
@@ -92,7 +92,8 @@ def judge_set(
         log_likelihood: for the table, where the model is a density.
         extras: further facts for the protocol.
         over_reference: passes over the reference, for the search for copies.
-        held_out: data that nobody trained on, to tell whether samples are nearer to the reference than chance.
+        held_out: data that nobody trained on, to tell whether samples are nearer to the reference than chance; or why
+            there is none.
         stored: the pass keeps what it found of each partition: subsets then may not depend on the set's size.
 
     Raises:
@@ -121,8 +122,9 @@ def judge_set(
     copies = None
     memorised: Memorisation | str | None = "the reference's samples are not at hand: give the set that it was fitted to"
     if search and over_reference is not None:
-        copies = _copies(seen["queries"], over_reference, held_out, scores.seed)
-        memorised = copies.found
+        why = held_out if isinstance(held_out, str) else None
+        copies = _copies(seen["queries"], over_reference, None if isinstance(held_out, str) else held_out, scores.seed)
+        memorised = copies.found or why
     try:
         found = scores_of(reference.summary, seen["summary"], memorised, reference.space.name)
     except UserError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from collections.abc import Callable, Mapping
@@ -346,6 +347,12 @@ class Nearest:
 
     def merge(self, other: Self) -> None:
         self._take(other.distances, other.positions)
+
+    def found(self) -> Nearest:
+        """Without the queries."""
+        light = copy.copy(self)
+        light.queries = self.queries[:0]
+        return light
 
     def _take(self, distances: np.ndarray, positions: np.ndarray) -> None:
         nearer = distances < self.distances

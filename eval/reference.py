@@ -15,7 +15,7 @@ from safetensors.numpy import save as save_tensors
 from data import storage
 from data.errors import UserError
 from data.partitions import Partitions
-from eval.bins import Bins, BinSettings, Space, fit_bins, label_bins, pictured
+from eval.bins import PICTURED, Bins, BinSettings, Space, fit_bins, label_bins, pictured
 from eval.observed import Pass
 from eval.scores import ScoreSettings, Summary
 
@@ -105,7 +105,8 @@ class Reference:
         m = pictured(bins.shape, len(bins.counts))
         if self.partitions is None or bins.members is None or not m:
             return bins
-        chosen = bins.members[:, :m]
+        chosen = bins.members[:, :m].copy()
+        chosen[-(-PICTURED // m) :] = -1  # the bins are sorted: the largest keep theirs
         pictures = np.zeros((*chosen.shape, *bins.shape), np.float32)
         if (chosen >= 0).any():
             pictures[chosen >= 0] = self.partitions.fetch(chosen[chosen >= 0])

@@ -15,7 +15,7 @@ from safetensors.numpy import save as save_tensors
 from data import storage
 from data.errors import UserError
 from data.partitions import Partitions
-from eval.measure import View, observe_partition
+from eval.measure import View, light, observe_partition
 
 # Changes when what is stored under a name does.
 _FORMAT = 2
@@ -74,6 +74,6 @@ def _restored(place: str, observers: Mapping[str, Any], number: int) -> Mapping[
         for name, observer in observers.items():
             own = {key[len(name) + 1 :]: value for key, value in arrays.items() if key.startswith(f"{name} ")}
             found[name] = observer.restored(own, number)
-        return found
+        return light(found)
     except (SafetensorError, KeyError, ValueError, IndexError) as error:
         raise UserError(f"{place} is damaged: remove it, and it is made again") from error

@@ -1,9 +1,11 @@
 """Scores by Ray tasks, killed or not, are those of one process; and the commands around them."""
 
+import io
 import json
 import os
 import shutil
 import signal
+import tarfile
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -240,7 +242,8 @@ def test_results_per_sample_and_the_missing_bins(sets):
     for entry in result["per_bin"]:
         assert counts[entry["bin"]] == round(entry["sample_proportion"] * result["n_samples"])
     assert min(rows["distance"]) >= 0
-    assert all(key.startswith("train/") for key in rows["nearest"])
+    assert all(key.startswith("train/") for key in rows["nearest_in_subset"])
+    assert set(rows["label"]) == {None}
     missing = [e for e in result["per_bin"] if e["flagged"] and e["direction"] == "missing"]
     listed = pq.read_table("missing/missing.parquet").to_pydict()
     packed = open_partitions("missing/shards", split="train")
@@ -332,27 +335,28 @@ def test_touching_or_moving_a_file_changes_no_number(sets):
         os.utime(f"elsewhere/{name}", (1, 1))
     after = run("evaluate", "elsewhere/same.npy", "--reference", "elsewhere/known.npz", *arguments)
     after = json.loads(after.stdout)
-    assert {score["name"] for score in after["scores"]} >= {"KID", "precision", "FID"}
+    assert {score["name"] for score in after["scores"]} >= {"KID", "precision"}
     assert {**after, "name": ""} == {**before, "name": ""}
 
 
 def test_what_is_held_out_is_never_the_reference_nor_the_samples(sets):
     """What has no splits holds nothing out; held-out data cannot be tested against itself."""
-    few = ("--bins", 10, "--n-init", 1, "--subsample", 100, "--scores", "memorisation", "--json")
+    few = ("--bins", 10, "--n-init", 1, "--subsample", 100, "--json")
 
     def judged(*arguments):
         found = json.loads(run("evaluate", *arguments, *few).stdout)
-        return found["protocol"], {score["name"] for score in found["scores"]}
+        return found["protocol"], {score["name"]: score for score in found["scores"]}["memorised"]
 
     for place in ("known.npz", "same.npy"):
-        protocol, names = judged("part.npy", "--reference", place)
-        assert "no held-out data" in protocol["memorisation"]
-        assert not names
-    protocol, names = judged("digits", "--reference", "digits")
-    assert (protocol["memorisation"], names) == ("not tested: the samples are the held-out data", set())
-    protocol, names = judged("part.npy", "--reference", "known.npz", "--held-out", "same.npy")
+        protocol, score = judged("part.npy", "--reference", place)
+        assert score["value"] is None
+        assert score["reason"] == protocol["memorisation"] == "no held-out data: name it by --held-out"
+    protocol, score = judged("digits", "--reference", "digits")
+    assert score["value"] is None
+    assert score["reason"] == protocol["memorisation"] == "the samples are the held-out data"
+    protocol, score = judged("part.npy", "--reference", "known.npz", "--held-out", "same.npy")
     assert (protocol["memorisation"], protocol["held_out"]) == ("against held-out data", "same")
-    assert "memorised" in names
+    assert score["value"] is not None
     refused = run("evaluate", "part.npy", "--reference", "known.npz", *few, "--held-out", "known.npz")
     assert "held-out data that is in the reference" in str(refused.exception)
 
@@ -371,11 +375,11 @@ def test_the_protocol_says_what_decides_a_number(sets, two_models):
         "samples_model": open_set("run0", Taking()).facts["model"], "samples_draws": 50, "samples_seed": 4,
         "reference_split": "train", "reference_size": 8, "reference_grey": True, "reference_crop": None,
         "reference_pairs_subsample": 20, "reference_scores_seed": 3, "seed": 3, "initialisations": 1,
-        "scores": "fid", "pairs_subsample": 25, "scores_seed": 4,
+        "scores": "fid", "pairs_subsample": 20, "scores_seed": 3,
         "memorisation": "not asked for",
     }  # fmt: skip
     found = protocol_of(
-        *("evaluate", "run0", "--reference", "ref", "-n", 50, "--seed", 4, "--subsample", 25, "--scores", "fid")
+        *("evaluate", "run0", "--reference", "ref", "-n", 50, "--seed", 4, "--scores", "fid")
     )
     assert {key: found.get(key) for key in expected} == expected
     assert "30 samples" in found["kmeans_subset"]
@@ -421,3 +425,66 @@ def test_the_json_lies_beside_the_report_wherever_that_is(sets):
     refused = run("evaluate", "same.npy", "--reference", "known.npz", *FEW, "--report", "x.json")
     assert "name an HTML file" in str(refused.exception)
     assert not (sets / "x.json").exists()
+
+
+def test_samples_under_a_density(sets, two_models):
+    """Mean, standard error and values per sample are those of `score`, whatever the place."""
+    found = run(
+        *("evaluate", "same.npy", "--reference", "known.npz", *FEW, "--density", "run0", "--per-sample", "rows"),
+        "--json",
+    )
+    assert found.exit_code == 0, found.exception
+    result = json.loads(found.stdout)
+    scored = json.loads(run("score", "run0", "--data", "same.npy", "--out", "values.csv", "--json").stdout)["run0"]
+    for key in ("mean", "standard_error", "n"):
+        assert result["log_likelihood"][key] == pytest.approx(scored[key], rel=1e-9)
+    values = {score["name"]: score["value"] for score in result["scores"]}
+    assert values["log-likelihood"] == pytest.approx(scored["mean"], rel=1e-9)
+    assert result["protocol"]["density_model"] == open_set("run0", Taking()).facts["model"]
+    rows = pq.read_table("rows").to_pydict()
+    values = np.loadtxt("values.csv", delimiter=",", skiprows=1)
+    np.testing.assert_allclose(rows["log_likelihood"], values[:, 1], rtol=1e-4)
+    np.testing.assert_array_equal(rows["component"], values[:, 2])
+    refused = run("evaluate", "same.npy", "--reference", "known.npz", *FEW, "--density", "same.npy")
+    assert "no model there" in str(refused.exception)
+
+
+def test_pixels_are_dequantised_for_a_density_of_them(sets, digits_pack):
+    """As `score` does it of the same pack; what a model drew is put on its levels first."""
+    from trainer.checkpoint import save_model
+    from trainer.models.mfa import MFA
+
+    torch.manual_seed(0)
+    model = MFA(3, 64, 2, 1e-1)
+    save_model("run/model", model, "mfa", digits_pack, dequantised=True)
+    arguments = ("--reference", digits_pack.base, *FEW, "--density", "run", "--json")
+    found = json.loads(run("evaluate", digits_pack.base, *arguments).stdout)["log_likelihood"]
+    scored = json.loads(run("score", "run", "--data", digits_pack.base, "--json").stdout)["run"]
+    assert found["bits_per_dimension"] == pytest.approx(scored["bits_per_dimension"], rel=1e-9)
+    assert found["mean"] == pytest.approx(scored["mean"], rel=1e-9)
+    drawn = json.loads(run("evaluate", "run", "-n", 4000, *arguments).stdout)["log_likelihood"]
+    assert np.isfinite(drawn["mean"])
+    refused = run("evaluate", "same.npy", "--reference", "known.npz", *FEW, "--density", "run")
+    assert "real numbers" in str(refused.exception)
+
+
+def test_empty_shards_and_labels_in_part_are_exported(sets):
+    def add(tar, name, data):
+        info = tarfile.TarInfo(name)
+        info.size = len(data)
+        tar.addfile(info, io.BytesIO(data))
+
+    x = blobs(60, 1)
+    (sets / "tars").mkdir()
+    for number, rows in enumerate((range(40), (), range(40, 60))):
+        with tarfile.open(sets / "tars" / f"s{number}.tar", "w") as tar:
+            for row in rows:
+                stream = io.BytesIO()
+                np.save(stream, x[row])
+                add(tar, f"{row}.npy", stream.getvalue())
+                if number == 0:
+                    add(tar, f"{row}.cls", b"3")
+    found = run("evaluate", "tars", "--reference", "known.npz", *FEW, "--per-sample", "rows", "--json")
+    assert found.exit_code == 0, found.exception
+    rows = pq.read_table("rows").to_pydict()
+    assert rows["label"] == [3] * 40 + [None] * 20

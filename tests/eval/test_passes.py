@@ -2,19 +2,20 @@
 
 import json
 from dataclasses import replace
-from types import SimpleNamespace
 
+import cloudpickle
 import numpy as np
 import pytest
+from scipy.spatial.distance import cdist
 
 from data.errors import UserError
-from data.partitions import MemoryPartitions, position
-from eval.bins import BinCounts, Bins, BinSettings, fit_bins, label_bins
+from data.partitions import MemoryPartitions, Piece, position
+from eval.bins import BinCounts, Bins, BinSettings, CentreSums, fit_bins, label_bins
 from eval.comparison import Comparison, judge_set
 from eval.comparison_report import row_sections, scores_table
 from eval.evaluate import Rule
 from eval.features import Extractor
-from eval.measure import View, local_pass
+from eval.measure import View, local_pass, observe_partition
 from eval.observed import Extent, Nearest, Observed, Sketch, Spread, sample_ids
 from eval.reference import Reference, fit_reference
 from eval.scores import ScoreSettings, Summary, parse_scores
@@ -48,7 +49,7 @@ def test_blocks_do_not_matter(monkeypatch):
     once = local_pass(whole)(observers)
     monkeypatch.setattr("eval.measure._BLOCK_ROWS", 1)
     monkeypatch.setattr(MemoryPartitions, "pieces", lambda self, number: (
-        SimpleNamespace(x=self.x[i : i + 64], label=None, start=i) for i in range(0, len(self.x), 64)
+        Piece(self.x[i : i + 64], None, i, list) for i in range(0, len(self.x), 64)
     ))  # fmt: skip
     pieces = local_pass(whole)(observers)
     np.testing.assert_array_equal(once["bins"].counts, pieces["bins"].counts)
@@ -358,3 +359,47 @@ def test_names_of_scores():
     with pytest.raises(UserError, match="unknown scores fdi"):
         parse_scores("fdi")
     assert Summary(ScoreSettings(parse_scores("none"))).sketch is None
+
+
+def test_results_do_not_carry_the_bins_back():
+    """K = 2,000 bins of 3,000 features are 24 MB; what 50 samples found of them is the sums of 50 rows at most."""
+    rng = np.random.default_rng(0)
+    x = rng.random((50, 3000), np.float32)
+    start = rng.random((2000, 3000), np.float32)
+    parts = MemoryPartitions(x, name="x", scale="0..1")
+    settings = BinSettings(n_bins=2000)
+    counts, dimensions = np.ones(2000, np.int64), np.arange(3000)
+    bins = Bins(start, dimensions, None, counts, (3000,), (0, 1), 0.5, settings, 2000, "x", "f")
+    observers = {"sums": CentreSums(start, dimensions, None), "counts": BinCounts(bins), "near": Nearest(start)}
+    found = observe_partition(parts, 0, View(), observers)
+    sizes = {name: len(cloudpickle.dumps(each)) for name, each in found.items()}
+    assert sizes["sums"] < 50 * 3000 * 8 + 50_000
+    assert sizes["counts"] < 60_000
+    assert sizes["near"] < 60_000
+    whole = local_pass(parts)(observers)
+    nearest = cdist(x, start).argmin(1)
+    np.testing.assert_array_equal(whole["counts"].counts, np.bincount(nearest, minlength=2000))
+    means = start.copy()
+    for k in np.unique(nearest):
+        means[k] = x[nearest == k].mean(0, dtype=np.float64)
+    np.testing.assert_allclose(whole["sums"].means(), means, rtol=1e-6)
+    assert not observers["sums"].counts.any()
+
+
+def test_a_saved_reference_keeps_few_pictures_and_none_of_vectors(tmp_path, monkeypatch):
+    """Reading them back may cost a request each: their number is bounded whatever the number of bins."""
+    monkeypatch.setattr("eval.bins.PICTURED", 20)
+    monkeypatch.setattr("eval.reference.PICTURED", 20)
+    for name, shape, kept in (("images", (6, 5, 1), 20), ("vectors", (30,), 0)):
+        parts = samples(shape=shape)
+        read = []
+        fetch = parts.fetch
+        parts.fetch = lambda positions, fetch=fetch, read=read: read.extend(positions) or fetch(positions)
+        settings = [BinSettings(n_bins=30, n_init=1)]
+        reference = fit_reference(parts, local_pass(parts), settings, ScoreSettings(()))
+        reference.save(str(tmp_path / name))
+        assert len(read) == kept
+        bins = Reference.load(str(tmp_path / name)).bins[0]
+        assert (bins.pictures is not None) == bool(kept)
+        found = Reference.load(str(tmp_path / name)).members(bins, np.arange(30))
+        assert sum(map(len, found)) == kept
