@@ -22,6 +22,7 @@ data frame of samples, [n, d] or [n, *shape], any n from 0 on; what comes back i
 Every result is a function of x, the parameters and the seed.
 """
 
+import functools
 import hashlib
 import importlib
 import json
@@ -113,6 +114,8 @@ class ServedModel(mlflow.pyfunc.PythonModel):
         """Takes a network with its weights; `data` says what it was trained on."""
         self.net, self.data, self.shape = network.eval(), dict(data), tuple(data["shape"])
         self.tasks = tasks_of(network)
+        if hasattr(network, "precision"):  # of a mixture; its parameters do not change any more
+            network.precision = functools.cache(network.precision)
 
     def predict(self, context: Any, model_input: np.ndarray, params: dict[str, Any] | None = None) -> np.ndarray:
         settings = {**DEFAULTS, **(params or {})}
