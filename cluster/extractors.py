@@ -52,4 +52,4 @@ def open_extractor(spec: str, tracking_uri: str | None = None) -> Extractor:
     accuracy = opened.test_accuracy
     note = "test accuracy unknown" if accuracy is None else f"test accuracy {accuracy:.2%}"
     spec = f"classifier:{whole}#sha256={digest}"
-    return Extractor(name, spec, digest, function, n_features=network.n_hidden, note=note)
+    return Extractor(name, spec, digest, function, n_features=network.n_hidden, note=note, of_labels=True)

@@ -19,6 +19,7 @@ from data import storage
 from data.errors import UserError
 from data.partitions import Partitions, open_partitions
 from eval.measure import local_pass
+from eval.metrics.manifold import DENSITY_NEIGHBOURS, NEIGHBOURS
 from eval.observed import Digest, Extent, Observed, Sketch
 from eval.planted import MEASURES, Measuring, measure, plant, room
 from eval.power import Power, allowed, power_curves, power_of
@@ -166,6 +167,7 @@ def run_study(
         check_places(*(Path(storage.check_url(out)) / name for name in _FILES))
     view = open_view(features, None, taking.tracking_uri)
     partitions = open_partitions(place, split=taking.split, size=taking.size, grey=taking.grey, whole=True)
+    taking.require(place, partitions.shape)
     with stages.stage("read samples", unit="samples") as advance:
         digest = {} if partitions.fingerprint else {"digest": Digest()}
         over = local_pass(partitions, view, advance)
@@ -232,7 +234,7 @@ def run_study(
         "random_numbers": "numpy.random.default_rng([seed, 0 for calibration or 1, number of the split])",
         "threads": torch.get_num_threads(),
         "pairwise": "first samples of each set; KID: unbiased MMD² of one subset; sliced Wasserstein: p = 2, 500 "
-        "directions; precision, recall, density, coverage: 5 neighbours",
+        f"directions; precision, recall: {NEIGHBOURS} neighbours, density, coverage: {DENSITY_NEIGHBOURS}",
     }
     return Study(plan, classes, powers, kept, protocol)
 

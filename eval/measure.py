@@ -16,9 +16,8 @@ import numpy as np
 from data.errors import UserError
 from data.partitions import Partitions, Piece, position
 from data.pixels import scale
-from eval.bins import Space
 from eval.features import Extractor, Features
-from eval.observed import Observed, Pass, sample_ids
+from eval.observed import GIVEN, Observed, Pass, Space, sample_ids
 
 # Pieces are joined to blocks of about so many bytes: matrix products want many rows.
 _BLOCK_BYTES = 32 << 20
@@ -41,6 +40,24 @@ class View:
         """Of the features."""
         return Space(self.features.name, self.features.fingerprint) if self.features else Space()
 
+    def facts(self) -> dict[str, Any]:
+        """For protocols, beside the space: what is done to images first, and which classifier tells classes."""
+        found = {} if self.features is None else {"features_preprocessing": self.features.preprocessing}
+        classifier = self.classes
+        if classifier is None:
+            return found
+        return {
+            **found,
+            "classifier": f"{classifier.name}, {classifier.note}".rstrip(", "),
+            "classifier_fingerprint": classifier.fingerprint,
+            "classifier_preprocessing": classifier.preprocessing,
+        }
+
+    @property
+    def classes(self) -> Extractor | None:
+        """What gives class probabilities, where it has any."""
+        return self.classifier or self.features
+
     def look(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """Features [n, d] and class probabilities [n, n_classes] or None."""
         found = self.features(x) if self.features else Features(x.reshape(len(x), -1))
@@ -60,13 +77,16 @@ def observe_partition(
     for start, x, labels in blocks(partitions, number):
         try:
             features, probabilities = view.look(x)
+            by = view.classes if probabilities is not None else None
             seen = Observed(
                 x=x,
                 features=features,
-                ids=sample_ids(partitions.keys[number], len(x), start),
+                ids=sample_ids(partitions.seeds[number], len(x), start),
                 positions=position(number, np.arange(start, start + len(x))),
                 labels=labels,
                 probabilities=probabilities,
+                labelled_by=GIVEN if by is None else Space(by.name, by.fingerprint),
+                of_labels=by is not None and by.of_labels,
             )
             for observer in found.values():
                 observer.observe(seen)
@@ -91,8 +111,10 @@ def blocks(partitions: Partitions, number: int) -> Iterator[tuple[int, np.ndarra
 
 def _joined(pieces: list[Piece], levels: int | None) -> tuple[int, np.ndarray, np.ndarray | None]:
     x = pieces[0].x if len(pieces) == 1 else np.concatenate([piece.x for piece in pieces])
-    known = [piece.label for piece in pieces if piece.label is not None]
-    labels = np.concatenate(known) if len(known) == len(pieces) else None
+    labels = None
+    if any(piece.label is not None for piece in pieces):  # -1: none
+        each = (np.full(len(piece.x), -1) if piece.label is None else piece.label for piece in pieces)
+        labels = np.concatenate(list(each))
     return pieces[0].start, scale(x, levels), labels
 
 

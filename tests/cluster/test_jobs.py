@@ -4,6 +4,7 @@ import shlex
 import socket
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from cluster.cli import app
@@ -85,3 +86,14 @@ def test_faults_are_one_line_before_anything_is_sent():
         assert "\n" not in str(found.exception)
     with pytest.raises(UserError, match="not understood"):
         Jobs("ftp://x")
+
+
+def test_a_manifest_is_printed_for_kubernetes():
+    arguments = ["submit", "digits", "--out", "s3://b/x", "--kubernetes", "--image", "example/manymodes:1"]
+    found = CliRunner().invoke(app, [*arguments, "--name", "one"])
+    assert found.exit_code == 0, found.exception
+    manifest = yaml.safe_load(found.stdout)
+    assert (manifest["kind"], manifest["metadata"]["name"]) == ("RayJob", "one")
+    assert "s3://b/x" in shlex.split(manifest["spec"]["entrypoint"])
+    refused = CliRunner().invoke(app, ["submit", "digits", "--out", "s3://b/x", "--image", "x"])
+    assert "--kubernetes" in str(refused.exception)
