@@ -4,7 +4,7 @@ EXTRA  ?= cpu
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test test-cluster lint bench clean
+.PHONY: demo test test-cluster lint bench image clean
 
 demo: $(VENV)/.installed
 	$(BIN)/manymodes run digits --out runs/digits
@@ -24,6 +24,9 @@ lint: $(VENV)/.installed-test
 
 bench: $(VENV)/.installed-test
 	@for script in tests/benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+image:
+	deploy/image/build.sh $(EXTRA)
 
 # The stamps make a second call free; a changed pyproject.toml or constraints.txt installs again.
 $(VENV)/bin/python:

@@ -29,27 +29,58 @@ def submit(
     wait: bool = typer.Option(False, "--wait", help="follow the job's output, and exit as it does"),
     env: list[str] = typer.Option(None, "--env", help="NAME=VALUE for the job, or NAME to pass on its value here"),
     working_dir: str = typer.Option(None, "--working-dir", help="folder that is sent (default: this project)"),
+    kubernetes: bool = typer.Option(False, "--kubernetes", help="print a RayJob manifest, with a cluster of its own"),
+    apply: bool = typer.Option(False, "--apply", help="--kubernetes: create it by kubectl instead of printing it"),
+    image: str = typer.Option(None, "--image", help="--kubernetes: image of all Ray containers"),
+    cluster: str = typer.Option(None, "--cluster", help="--kubernetes: file of an overlay's manifests, or - to read it"),
+    namespace: str = typer.Option(None, "--namespace", help="--kubernetes: default that of --cluster, else manymodes"),
+    name: str = typer.Option(None, "--name", help="--kubernetes: of the RayJob; default the recipe's and a random end"),
 ) -> None:
     """Sends a recipe to a Ray cluster as a job: what it needs is decided there, not on this machine."""
     from pathlib import Path
 
-    from cluster.jobs import Jobs, entrypoint, package, parse_env, project_folder
     from cluster.recipe import load_recipe
     from data import storage
 
     loaded = load_recipe(recipe, set_ or ())  # a fault in it is better told here
     place = storage.check_url(out)
+    if kubernetes:
+        from deploy.kubernetes_job import apply_manifest, render_ray_job
+
+        overlay = None
+        if cluster:
+            overlay = sys.stdin.read() if cluster == "-" else storage.read_bytes(cluster).decode(errors="replace")
+        manifest = render_ray_job(
+            recipe,
+            out=out,
+            overrides=set_ or (),
+            workers=loaded.scaling.workers,
+            cpus_per_worker=loaded.scaling.cpus_per_worker,
+            gpus_per_worker=loaded.scaling.gpus_per_worker,
+            name=name,
+            namespace=namespace,
+            image=image,
+            cluster=overlay,
+        )
+        if apply:
+            apply_manifest(manifest)
+        else:
+            print(manifest, end="")
+        return
+    if apply or image or cluster or namespace or name:
+        raise UserError("--apply, --image, --cluster, --namespace and --name belong to --kubernetes: add it")
+    from cluster.jobs import Jobs, entrypoint, package, parse_env, project_folder
+
     variables = parse_env(env or ())
     client = Jobs(_required(address))
     folder = Path(working_dir) if working_dir else project_folder()
     if not folder.is_dir():
         raise UserError(f"--working-dir {working_dir}: no such folder")
-    with package(folder, recipe) as (packed, name):
-        job = client.submit(packed, entrypoint(name, place, set_ or ()), name=loaded.name, env=variables)
+    with package(folder, recipe) as (packed, packed_recipe):
+        job = client.submit(packed, entrypoint(packed_recipe, place, set_ or ()), name=loaded.name, env=variables)
     print_fields(job=job, follow=f"manymodes jobs logs {job} --address {address} --follow")
-    if not wait:
-        return
-    _follow(client, job)
+    if wait:
+        _follow(client, job)
 
 
 @jobs.command("list")

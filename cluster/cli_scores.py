@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import posixpath
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -88,6 +88,7 @@ def evaluate(
 ) -> None:
     """Scores samples against a reference: which modes are missing? NDB, JS, FID, precision, copies, ..."""
     given = dict(locals())
+    _check_report(report)
     comparison, seconds = _compare([samples], given)
     row = comparison.rows[0]
     _warn(comparison)
@@ -153,6 +154,7 @@ def compare(
         return
     if reference is None:
         raise UserError("name the data to cover by --reference")
+    _check_report(report)
     comparison, seconds = _compare(samples, given)
     _warn(comparison)
     if report:
@@ -257,6 +259,34 @@ def watch(
         print_fields(drift=f"{batch['rule']}; false alarms: {significance:g} at most, for each line")
     if batch["drift"] or together["drift"]:
         raise typer.Exit(3)
+
+
+def features(
+    place: str = typer.Argument(help=PLACES),
+    features: str = typer.Option(..., "--features", help="as for `evaluate`"),
+    out: str = typer.Option(..., "--out", help="folder or URL for the pack of vectors"),
+    split: str = typer.Option("test", "--split", help="splits of PLACE, as test or train,test"),
+    size: int = SIZE,
+    grey: bool = GREY,
+    seed: int = SEED,
+    n: int = N,
+    workers: int = WORKERS,
+    ray_address: str = RAY,
+    gpus_per_task: float = GPUS,
+    tracking_uri: str = TRACKING,
+) -> None:
+    """Writes the features of a set as a pack of vectors, in its order and with its labels, to be judged many times."""
+    from cluster.feature_packs import write_features
+    from cluster.progress import Stages
+    from cluster.scoring import open_set, running
+    from data import storage
+
+    given = {**dict(locals()), "classifier": None}
+    with running(_looking(given), Stages()) as runner:
+        sets = {name: open_set(place, _taking(given, name)) for name in _parts(split)}
+        manifest = write_features(runner, sets, place, storage.check_url(out))
+    counts = ", ".join(f"{name} {record.samples:,}" for name, record in manifest.splits.items())
+    print_fields(pack=manifest.base, vectors=f"{manifest.shape[0]} features each; {counts}")
 
 
 def study(
@@ -371,6 +401,7 @@ def _compare(samples: list[str], given: dict[str, Any]) -> tuple[Comparison, dic
     from cluster.scoring import held_out_of, is_reference, open_set, reference_of, running, score_sets
     from data import storage
     from eval.evaluate import Rule
+    from eval.stored import check_lasting
 
     if given["z_threshold"] is not None and given["significance"] is not None:
         raise UserError("give --z-threshold or --significance, not both")
@@ -388,12 +419,14 @@ def _compare(samples: list[str], given: dict[str, Any]) -> tuple[Comparison, dic
             sets = {name: open_set(name, _taking(given, given["split"])) for name in samples}
             for name, opened in sets.items():
                 opened.name = name  # as the user calls it
-            held = None
-            if "memorisation" in options.scores.names:
-                held = held_out_of(given["reference"], known)
-                if given["held_out"]:
-                    held = open_set(given["held_out"], _taking(given, given["split"]))
+            searched = "memorisation" in options.scores.names
+            named = given["held_out"] if searched else None
+            held = None if named is None else open_set(named, _taking(given, given["split"]))
+            for opened in sets.values() if given["store"] else ():
+                check_lasting(opened)
         fitted, partitions = reference_of(runner, given["reference"], known, options)
+        if searched and held is None and partitions is not None:
+            held = held_out_of(given["reference"], known, partitions)
         scores = options.scores
         if partitions is None:
             scores = scores.like(fitted.summary.settings)
@@ -407,7 +440,6 @@ def _compare(samples: list[str], given: dict[str, Any]) -> tuple[Comparison, dic
             scores=scores,
             held_out=held,
             store=None if given["store"] is None else storage.check_url(given["store"]),
-            extras={name: given[name] for name in ("split", "reference_split", "size", "grey")},
         )
         _export(runner, comparison, given.get("per_sample"), given.get("export_missing"))
     return comparison, {name: round(value, 3) for name, value in stages.seconds.items()}
@@ -441,9 +473,16 @@ def _print_scores(comparison: Comparison) -> None:
         print_table(table)
 
 
+def _check_report(path: str | None) -> None:
+    """Raises UserError, before any work, where the report's JSON file would take the place of the report itself."""
+    if path and posixpath.splitext(path)[1].lower() == ".json":
+        raise UserError(f"--report {path}: a JSON file is written beside the report: name an HTML file")
+
+
 def _write_report(path: str, comparison: Comparison, seconds: dict[str, float]) -> None:
     from cluster.scoring import comparison_report
     from data import storage
 
     storage.write_text(path, comparison_report(comparison, seconds))
-    storage.write_text(str(Path(path).with_suffix(".json")), json.dumps([row.to_dict() for row in comparison.rows]))
+    beside = f"{posixpath.splitext(path)[0]}.json"
+    storage.write_text(beside, json.dumps([row.to_dict() for row in comparison.rows]))

@@ -64,14 +64,22 @@ def ray_map(
     cpus_per_task: float = 1,
     gpus_per_task: float = 0,
 ) -> Iterator[Any]:
-    """function(partitions, number, view, *arguments) of every partition, one Ray task each, in the set's order."""
+    """function(partitions, number, view, *arguments) of every partition, one Ray task each, in the set's order.
+
+    A task is sent no more of the set than its own partition needs (`Partitions.only`).
+    """
     task = ray.remote(
         num_cpus=cpus_per_task, num_gpus=gpus_per_task, max_retries=MAX_RETRIES, retry_exceptions=[StorageError]
     )(_apply)
     # Sent once, not with every task.
-    shared = [ray.put(part) for part in (function, partitions, open_view, *arguments)]
+    whole = ray.put(partitions) if len(partitions) and partitions.only(0) is partitions else None
+    sent, *shared = (ray.put(part) for part in (function, open_view, *arguments))
+
+    def call(number: int) -> Any:
+        return task.remote(number, sent, partitions.only(number) if whole is None else whole, *shared)
+
     window = max(2, int(2 * ray.cluster_resources().get("CPU", 1) / cpus_per_task))
-    yield from in_order((functools.partial(task.remote, number, *shared) for number in range(len(partitions))), window)
+    yield from in_order((functools.partial(call, number) for number in range(len(partitions))), window)
 
 
 def in_order(calls: Iterator[Callable[[], Any]], window: int) -> Iterator[Any]:

@@ -16,7 +16,7 @@ from data.errors import UserError
 from data.manifest import Manifest
 from data.partitions import PackPartitions
 from data.stream import read_blocks
-from eval import figures
+from eval import mixture_figures
 from eval.baselines import fit_gaussian_mixture
 from eval.comparison import Comparison, JudgedData, compare
 from eval.comparison_report import headline_table, report_sections
@@ -123,16 +123,9 @@ def _metrics(comparison: Comparison, name: str) -> dict[str, float]:
 
 def _component_sections(trained: Trained) -> list[ReportSection]:
     model, _ = load_model(trained.model)
-    if not hasattr(model, "factor_loadings"):
+    picture = mixture_figures.components_of(model, tuple(trained.manifest.shape))
+    if picture is None:
         return []
-    shape = trained.manifest.shape
-    loadings = model.factor_loadings.detach().numpy()
-    picture = figures.components(
-        model.means.detach().numpy().reshape(-1, *shape),
-        model.noise_variance.detach().sqrt().numpy().reshape(-1, *shape),
-        loadings.reshape(len(loadings), *shape, -1),
-        model.mixing_coefficients.detach().numpy(),
-    )
     return [
         ReportSection(
             "Components",

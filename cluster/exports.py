@@ -97,7 +97,7 @@ def _rows(
 def _seen(partitions: Partitions, number: int, piece: Piece, view: View) -> Observed:
     x = scale(piece.x, partitions.levels)
     features, probabilities = view.look(x)
-    ids = sample_ids(partitions.keys[number], len(x), piece.start)
+    ids = sample_ids(partitions.seeds[number], len(x), piece.start)
     return Observed(x, features, ids, np.arange(len(x)), piece.label, probabilities)
 
 

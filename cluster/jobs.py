@@ -23,7 +23,7 @@ _EXCLUDED = {"venv", "runs", "mlruns", "mlartifacts", "build", "dist", "node_mod
 _EXCLUDED_SUFFIXES = (".npy", ".npz", ".tar", ".gz", ".zip", ".db", ".parquet", ".safetensors", ".pt", ".pth", ".onnx")
 _LARGEST_PACKAGE = 100 << 20
 _RECIPE = "submitted-recipe.yaml"
-_ATTEMPTS_SECONDS = 60.0
+_ATTEMPTS_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,9 @@ class Jobs:
             os.environ.setdefault("RAY_AUTH_MODE", "token")
         from ray.job_submission import JobSubmissionClient
 
-        logging.getLogger("ray").setLevel(logging.WARNING)
+        for name in ("dashboard_sdk", "job.sdk"):  # they say every upload and every closed connection
+            logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.ERROR)
+        logging.getLogger("ray._private.runtime_env.packaging").setLevel(logging.WARNING)
         self.client = self._asked(lambda: JobSubmissionClient(address))
 
     def submit(self, folder: Path, command: str, *, name: str, env: Mapping[str, str]) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import json
 from typing import Any
 
 import numpy as np
@@ -26,6 +29,13 @@ class LocalModel:
     def __init__(self, folder: str, batch: int = 1024) -> None:
         self.model, self.document = load_model(folder)
         self.folder, self.data, self.batch = folder, dict[str, Any](self.document["data"]), batch
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the weights, the family and its arguments, and of what samples are put back on: of no place."""
+        weights = storage.sha256(storage.join(self.folder, "weights.safetensors"))
+        facts = [self.document["family"], self.document["arguments"], self.data["shape"], self.data.get("levels")]
+        return hashlib.sha256(json.dumps([weights, *facts], sort_keys=True).encode()).hexdigest()
 
     def require(self, ability: str) -> None:
         """Raises UserError unless the model has the method `ability`."""

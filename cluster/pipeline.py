@@ -12,7 +12,7 @@ from cluster.fitting import Trained, publish_model, trained_model
 from cluster.recipe import Recipe
 from cluster.verdict import Verdict
 from data import storage
-from deploy.registry import Registered, register_model
+from deploy.registry import REFERENCE_ARTIFACT, Registered, register_model
 from eval import figures
 from eval.report import ReportFigure, ReportSection, ReportTable, render_report
 from trainer import tracking
@@ -49,7 +49,7 @@ def run_job(
         publish_model(recipe, trained, verdict.metrics)
         verdict.save(trained.folder)
         with stages.stage("register"):
-            registered = _register(recipe, trained, verdict.metrics)
+            registered = _register(recipe, trained, verdict)
         with stages.stage("report"):
             _write_report(recipe, trained, verdict, registered)
         return _summarise(recipe, trained, registered, verdict)
@@ -60,14 +60,17 @@ def _judging(recipe: Recipe) -> ModuleType:
     return coverage if hasattr(model_class(recipe.model.family), "sample") else classification
 
 
-def _register(recipe: Recipe, trained: Trained, metrics: dict[str, float]) -> Registered:
+def _register(recipe: Recipe, trained: Trained, verdict: Verdict) -> Registered:
     """Registers the model once per job, however often the job is taken up again."""
     job = trained.job
     if job.registered:
         return Registered(**job.registered)
     logger = tracking.RunLogger(trained.uri, trained.run_id)
-    logger.metrics({f"eval/{name}": value for name, value in metrics.items()})
+    logger.metrics({f"eval/{name}": value for name, value in verdict.metrics.items()})
     logger.flush()
+    if "bins_fingerprint" in verdict.protocol:  # what later models of this name are judged by
+        with storage.local_copy(storage.join(trained.folder, "reference")) as reference:
+            tracking.log_folder(trained.uri, trained.run_id, str(reference), REFERENCE_ARTIFACT)
     with storage.local_copy(storage.join(trained.folder, "model")) as model:
         registered = register_model(
             str(model),
@@ -75,7 +78,8 @@ def _register(recipe: Recipe, trained: Trained, metrics: dict[str, float]) -> Re
             alias=recipe.registry.alias,
             tracking_uri=trained.uri,
             run_id=trained.run_id,
-            scores=metrics,
+            scores=verdict.metrics,
+            lineage={"recipe": recipe.name, "recipe.fingerprint": recipe.fingerprint(), "data": trained.manifest.name},
         )
     job.registered = asdict(registered)
     job.save(trained.folder)

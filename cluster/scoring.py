@@ -6,7 +6,7 @@ import functools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cluster.extractors import open_extractor
@@ -55,23 +55,41 @@ class Taking:
     grey: bool | None = None
     tracking_uri: str | None = None
 
+    def require(self, place: str, shape: tuple[int, ...]) -> None:
+        """Raises UserError where samples are not as asked for: only folders of images and tars are reshaped."""
+        image = len(shape) in (2, 3)
+        channels = None if self.grey is None else 1 if self.grey else 3
+        if self.size is not None and not (image and shape[:2] == (self.size, self.size)):
+            asked = f"--size {self.size}"
+        elif channels is not None and not (image and (*shape, 1)[2] == channels):
+            asked = "--grey" if self.grey else "--rgb"
+        else:
+            return
+        raise UserError(
+            f"{place}: samples of shape {list(shape)} are taken as they are, {asked} shapes images in folders and tars "
+            "alone: name the folder of the images, or pack it with --set size=... and --set grey=..."
+        )
+
 
 def open_set(place: str, taking: Taking) -> Partitions:
     """The samples at a place (see `open_partitions`), or drawn from a model: models:/NAME@ALIAS or a run's folder.
 
     Raises:
-        UserError: nothing usable there.
+        UserError: nothing usable there, or samples that are not of the asked size and colours and cannot be made so.
     """
     if not place.startswith("models:") and model_folder(place) is None:
-        return open_partitions(place, split=taking.split, size=taking.size, grey=taking.grey)
+        found = open_partitions(place, split=taking.split, size=taking.size, grey=taking.grey)
+        taking.require(place, found.shape)
+        return found
     uri = taking.tracking_uri
     model = open_model(place, uri)
     model.require("sample")
+    taking.require(place, tuple(model.data["shape"]))
     return DrawnPartitions(
         functools.partial(_opened, place, uri),
         *(taking.n, taking.seed),
         name=place,
-        identity=f"{model.data['fingerprint']} {place}",
+        identity=model.fingerprint,
         shape=tuple(model.data["shape"]),
         levels=model.data.get("levels"),
     )
@@ -185,7 +203,8 @@ def reference_of(
             space=space,
             labels=options.labels,
         )
-    return reference, partitions
+    seen = _of("reference", runner.view().facts())
+    return replace(reference, facts={**reference.facts, **seen}), partitions
 
 
 def is_reference(place: str) -> bool:
@@ -195,17 +214,33 @@ def is_reference(place: str) -> bool:
     return storage.exists(storage.join(storage.check_url(place), REFERENCE))
 
 
-def held_out_of(place: str, taking: Taking) -> Partitions | None:
-    """The test split of a reference that is a training split; None where it has none."""
-    if taking.split != _TRAIN or is_reference(place) or place.startswith("models:") or model_folder(place):
+def held_out_of(place: str, taking: Taking, whole: Partitions) -> Partitions | None:
+    """The test split of a reference (`whole`) that is a training split; None where it has none."""
+    if taking.split != _TRAIN or isinstance(whole, DrawnPartitions):
         return None
-    whole = open_set(place, taking)
     try:
         found = open_partitions(place, split=_TEST, size=taking.size, grey=taking.grey)
     except UserError:
         return None
     # What has no splits gives the same samples under any name.
-    return None if list(found.keys) == list(whole.keys) else found
+    return None if _shared(found, whole) else found
+
+
+def _shared(a: Partitions, b: Partitions) -> bool:
+    return not set(a.keys).isdisjoint(b.keys)
+
+
+def _no_search(
+    scores: ScoreSettings, samples: Partitions, known: Partitions | None, held_out: Partitions | None
+) -> str | None:
+    """Why no copies are searched for; None where they are."""
+    if "memorisation" not in scores.names:
+        return "not asked for"
+    if known is None:
+        return "not tested: the samples of the reference are not at hand"
+    if held_out is None:
+        return "not tested: there is no held-out data, which --held-out names"
+    return "not tested: the samples are the held-out data" if _shared(samples, held_out) else None
 
 
 def score_sets(
@@ -223,19 +258,19 @@ def score_sets(
     """Judges sets by a reference, each in one pass (and one more over the reference, where copies are searched).
 
     Raises:
-        UserError: samples that do not fit the reference, or fewer samples than bins.
+        UserError: samples that do not fit the reference, fewer samples than bins, or held-out data that is the
+            reference itself.
     """
-    view = runner.view()
-    classifier = view.classifier or view.features
-    facts = {
-        "pairs_subsample": scores.subsample,
-        "scores_seed": scores.seed,
-        **(extras or {}),
-        **({} if classifier is None else {"classifier": f"{classifier.name}, {classifier.note}".rstrip(", ")}),
-        **({} if classifier is None else {"classifier_fingerprint": classifier.fingerprint}),
-    }
+    if partitions is not None and held_out is not None and _shared(partitions, held_out):
+        raise UserError(f"{held_out.name}: held-out data that is in the reference: name data that nobody trained on")
+    shared = {**reference.facts, **scores.facts(), **runner.view().facts(), **(extras or {})}
     rows = []
     for name, samples in sets.items():
+        reason = _no_search(scores, samples, partitions, held_out)
+        facts = {**shared, **_of("samples", samples.facts), "memorisation": reason}
+        if reason is None and held_out is not None:
+            facts |= {"memorisation": "against held-out data", "held_out": held_out.name}
+            facts |= _of("held_out", {"fingerprint": held_out.fingerprint, **held_out.facts})
         with runner.stages.stage(f"score {name}"[:22], unit="samples") as advance:
             rows.append(
                 judge_set(
@@ -244,12 +279,16 @@ def score_sets(
                     rule=rule,
                     scores=scores,
                     over_reference=None if partitions is None else runner.over(partitions, advance),
-                    held_out=None if held_out is None else (held_out, runner.over(held_out, advance)),
+                    held_out=None if reason or held_out is None else (held_out, runner.over(held_out, advance)),
                     stored=store is not None,
                     extras=facts,
                 )
             )
     return Comparison(reference, rows)
+
+
+def _of(whose: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{whose}_{name}": value for name, value in facts.items()}
 
 
 def comparison_report(comparison: Comparison, seconds: dict[str, float]) -> str:
@@ -267,9 +306,9 @@ def comparison_report(comparison: Comparison, seconds: dict[str, float]) -> str:
     names = ", ".join(row.name for row in rows)
     lead = f"{names} against {result.n_reference:,} samples of {reference.name}."
     timing = ReportTable("Stages", ["stage", "seconds"], [[name, f"{value:.1f}"] for name, value in seconds.items()])
-    protocol = rows[0].evaluation.protocol
-    if len(rows) > 1:  # what is said of one set's samples alone would mislead
-        protocol = {name: value for name, value in protocol.items() if name not in ("n_samples", "samples_fingerprint")}
+    protocols = [row.evaluation.protocol for row in rows]
+    # What is said of one set's samples alone would mislead.
+    protocol = {key: value for key, value in protocols[0].items() if all(p.get(key) == value for p in protocols)}
     return render_report(f"manymodes: {names}", bins_table(comparison), sections, protocol, timing, lead)
 
 

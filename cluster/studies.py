@@ -167,6 +167,7 @@ def run_study(
         check_places(*(Path(storage.check_url(out)) / name for name in _FILES))
     view = open_view(features, None, taking.tracking_uri)
     partitions = open_partitions(place, split=taking.split, size=taking.size, grey=taking.grey, whole=True)
+    taking.require(place, partitions.shape)
     with stages.stage("read samples", unit="samples") as advance:
         digest = {} if partitions.fingerprint else {"digest": Digest()}
         over = local_pass(partitions, view, advance)

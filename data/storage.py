@@ -215,6 +215,23 @@ def size(url: str) -> int:
         raise io_error(error, url, "read") from error
 
 
+# What stores say of a file's content, the surest first.
+_MARKS = ("md5Hash", "content_md5", "Content-MD5", "checksum", "ETag", "etag", "generation")
+_TIMES = ("mtime", "LastModified", "last_modified", "updated", "created")
+
+
+def mark(url: str) -> tuple[int, str | None]:
+    """Bytes of a file, and its checksum, ETag or time of change; None where the store tells none of them."""
+    fs, path = filesystem(url)
+    try:
+        found = fs.info(path)
+        n_bytes = found.get("size")
+        known = next((f"{name} {found[name]}" for name in (*_MARKS, *_TIMES) if found.get(name)), None)
+        return int(fs.size(path) if n_bytes is None else n_bytes), known
+    except OSError as error:
+        raise io_error(error, url, "read") from error
+
+
 def sha256(url: str) -> str:
     """SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
@@ -237,9 +254,12 @@ def local_copy(url: str) -> Iterator[Path]:
     if is_local(url):
         yield Path(url)
         return
+    fs, path = filesystem(url)
     with tempfile.TemporaryDirectory() as place:
-        for name in names(url):
-            (Path(place) / name).write_bytes(read_bytes(join(url, name)))
+        try:
+            fs.get(path.rstrip("/") + "/", place, recursive=True)
+        except OSError as error:
+            raise io_error(error, url, "read") from error
         yield Path(place)
 
 

@@ -40,6 +40,19 @@ class View:
         """Of the features."""
         return Space(self.features.name, self.features.fingerprint) if self.features else Space()
 
+    def facts(self) -> dict[str, Any]:
+        """For protocols, beside the space: what is done to images first, and which classifier tells classes."""
+        found = {} if self.features is None else {"features_preprocessing": self.features.preprocessing}
+        classifier = self.classes
+        if classifier is None:
+            return found
+        return {
+            **found,
+            "classifier": f"{classifier.name}, {classifier.note}".rstrip(", "),
+            "classifier_fingerprint": classifier.fingerprint,
+            "classifier_preprocessing": classifier.preprocessing,
+        }
+
     @property
     def classes(self) -> Extractor | None:
         """What gives class probabilities, where it has any."""
@@ -68,7 +81,7 @@ def observe_partition(
             seen = Observed(
                 x=x,
                 features=features,
-                ids=sample_ids(partitions.keys[number], len(x), start),
+                ids=sample_ids(partitions.seeds[number], len(x), start),
                 positions=position(number, np.arange(start, start + len(x))),
                 labels=labels,
                 probabilities=probabilities,

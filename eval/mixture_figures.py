@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from data.errors import UserError
-from eval import canvas
+from eval import canvas, figures
+
+
+def components_of(model: Any, shape: tuple[int, ...]) -> bytes | None:
+    """The picture of `eval.figures.components` for a mixture of samples `[*shape]`; None for another model."""
+    if not hasattr(model, "factor_loadings"):
+        return None
+    loadings = model.factor_loadings.detach().numpy()
+    return figures.components(
+        model.means.detach().numpy().reshape(-1, *shape),
+        model.noise_variance.detach().sqrt().numpy().reshape(-1, *shape),
+        loadings.reshape(len(loadings), *shape, -1),
+        model.mixing_coefficients.detach().numpy(),
+    )
 
 
 def factor_grid(mean: np.ndarray, across: np.ndarray, down: np.ndarray, *, title: str, steps: int = 9) -> bytes:

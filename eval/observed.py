@@ -21,12 +21,26 @@ PIXELS = "pixels"
 MAX_CLASSES = 1_000_000
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Space:
     """Where distances are measured: the samples' own values, or the features of an extractor, named by its content."""
 
     name: str = PIXELS
     fingerprint: str = PIXELS
+
+    def __eq__(self, other: object) -> bool:
+        """Whether features are the same numbers, whatever their file is called.
+
+        The kind counts, as one file may be read in several ways, and a module's function.
+        """
+        return isinstance(other, Space) and self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
+
+    def _identity(self) -> tuple[str, str, str]:
+        kind, _, rest = self.name.partition(":")
+        return self.fingerprint, kind, rest.rpartition(":")[2] if kind == "module" else ""
 
 
 # Who labelled samples that bring their labels.
@@ -91,11 +105,11 @@ _SKETCHED_BYTES = 1 << 30
 Pass = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 
-def sample_ids(key: str, n: int, start: int = 0) -> np.ndarray:
-    """Random numbers [n] uint64 for samples start, start + 1, ... of the partition that `key` identifies."""
-    seed = np.uint64(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little"))
+def sample_ids(seed: str, n: int, start: int = 0) -> np.ndarray:
+    """Random numbers [n] uint64 for samples start, start + 1, ... of the partition that has this seed."""
+    first = np.uint64(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "little"))
     with np.errstate(over="ignore"):
-        return splitmix64(seed + np.arange(start, start + n, dtype=np.uint64) * GOLDEN)
+        return splitmix64(first + np.arange(start, start + n, dtype=np.uint64) * GOLDEN)
 
 
 class Digest:

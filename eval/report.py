@@ -48,13 +48,14 @@ class ReportFigure:
 
 @dataclass(frozen=True)
 class ReportSection:
-    """A heading, a paragraph, a table, and figures below each other, or `beside` each other in a wide window."""
+    """A heading, a paragraph, code, a table, and figures below each other, or `beside` each other in a wide window."""
 
     title: str
     text: str = ""
     figures: Sequence[ReportFigure] = field(default_factory=tuple)
     beside: bool = False
     table: ReportTable | None = None
+    code: str = ""
 
 
 def render_report(
@@ -92,7 +93,7 @@ def render_report(
         lead=lead,
         summary=summary,
         sections=sections,
-        facts={key.replace("_", " "): str(v) if key == "seed" else _spelled(v) for key, v in facts.items()},
+        facts={key.replace("_", " "): str(v) if key.endswith("seed") else _spelled(v) for key, v in facts.items()},
         stages=stages,
     )
 

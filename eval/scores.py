@@ -52,6 +52,12 @@ class ScoreSettings:
         """The same scores from subsets as the reference's: scores by one reference then compare."""
         return replace(self, subsample=reference.subsample, seed=reference.seed)
 
+    def facts(self) -> dict[str, Any]:
+        """For protocols."""
+        if not self.names:
+            return {"scores": "none"}
+        return {"scores": ", ".join(self.names), "pairs_subsample": self.subsample, "scores_seed": self.seed}
+
 
 @dataclass(frozen=True)
 class Score:

@@ -18,7 +18,7 @@ from data.partitions import Partitions
 from eval.measure import View, observe_partition
 
 # Changes when what is stored under a name does.
-_FORMAT = 1
+_FORMAT = 2
 
 
 def observe_stored(
@@ -30,13 +30,15 @@ def observe_stored(
     Observers without `identity` and `restored` are never stored, nor is what is observed together with them.
 
     Raises:
-        UserError: as `observe_partition`; or the store cannot be written.
+        UserError: as `observe_partition` and `check_lasting`; or the store cannot be written.
     """
     if store is None or not all(hasattr(observer, "restored") for observer in observers.values()):
         return observe_partition(partitions, number, view, observers)
+    check_lasting(partitions)
     facts = [
         _FORMAT,
         partitions.keys[number],
+        partitions.seeds[number],
         partitions.scale,
         [[part.fingerprint, part.name] if part else None for part in (view.features, view.classifier)],
         {name: observer.identity() for name, observer in observers.items()},
@@ -54,6 +56,15 @@ def observe_stored(
     with storage.publish(place) as handle:
         handle.write(save_tensors(arrays))
     return found
+
+
+def check_lasting(partitions: Partitions) -> None:
+    """Raises UserError for a set whose content may change under the same keys: what is stored of it would deceive."""
+    if not partitions.lasting:
+        raise UserError(
+            f"{partitions.name}: nothing here tells whether its content has changed, so no statistics are kept of it: "
+            "leave out --store, or pack it first"
+        )
 
 
 def _restored(place: str, observers: Mapping[str, Any], number: int) -> Mapping[str, Any]:

@@ -24,6 +24,7 @@ os.environ.setdefault("DO_NOT_TRACK", "true")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "CRITICAL")  # its errors are raised as well
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_DISABLE_AGENT_HINT", "1")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 
@@ -173,7 +174,7 @@ def probe(uri: str) -> None:
         socket.create_connection((parts.hostname or "", port), timeout=5).close()
     except (OSError, ValueError) as error:
         raise UserError(
-            f"MLflow at {_without_password(uri)} does not answer ({one_line(error)}): check the address "
+            f"MLflow at {without_password(uri)} does not answer ({one_line(error)}): check the address "
             "(MLFLOW_TRACKING_URI, or tracking.uri in the recipe) and that the server runs"
         ) from error
 
@@ -186,7 +187,7 @@ def mlflow_errors(uri: str) -> Iterator[None]:
     except Exception as error:
         if not isinstance(error, _failures()):
             raise
-        place = _without_password(uri)
+        place = without_password(uri)
         if isinstance(error, ImportError):
             raise UserError(f"MLflow at {place} needs a package ({one_line(error)}): install it") from error
         if getattr(error, "error_code", None) in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
@@ -207,7 +208,8 @@ def _reason(error: Exception) -> str:
     return text if len(text) < 200 else text[:200] + "..."
 
 
-def _without_password(uri: str) -> str:
+def without_password(uri: str) -> str:
+    """An address as it may be shown."""
     parts = urlsplit(uri)
     return uri.replace(f":{parts.password}@", ":***@") if parts.password else uri
 
@@ -270,6 +272,12 @@ def log_artifact_text(uri: str, run_id: str, text: str, name: str) -> None:
     """Stores a text (a report, a JSON file) with the run."""
     with mlflow_errors(uri):
         mlflow_client(uri).log_text(run_id, text, name)
+
+
+def log_folder(uri: str, run_id: str, folder: str, name: str) -> None:
+    """Stores a local folder's files with the run, below `name`."""
+    with mlflow_errors(uri):
+        mlflow_client(uri).log_artifacts(run_id, folder, name)
 
 
 def log_dataset(uri: str, run_id: str, *, name: str, source: str, fingerprint: str) -> None:

@@ -2,17 +2,21 @@
 
 import json
 import os
+import shutil
 import signal
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import ray
+import torch
+from PIL import Image
 
 from cluster.counting import ray_pass
 from cluster.scoring import Taking, open_set, open_view, saved_table
 from cluster.session import ray_session
 from cluster.watch import Thresholds, verdict
+from data import storage
 from data.errors import UserError
 from data.partitions import MemoryPartitions, Partitions, open_partitions
 from eval.bins import BinSettings
@@ -41,7 +45,7 @@ class Killing(Partitions):
 
     def __init__(self, inner, mark):
         self.inner, self.mark = inner, mark
-        for name in ("name", "levels", "scale", "keys", "sizes"):
+        for name in ("name", "levels", "scale", "shape", "keys", "seeds", "facts", "sizes"):
             setattr(self, name, getattr(inner, name))
 
     def pieces(self, number):
@@ -283,3 +287,137 @@ def test_faults_are_one_line(sets, arguments, words):
     assert isinstance(found.exception, UserError), found.exception
     assert words in str(found.exception)
     assert "\n" not in str(found.exception)
+
+
+@pytest.fixture
+def two_models(sets, manifest_for):
+    """Two mixtures of one data set, which differ in their weights alone."""
+    from trainer.checkpoint import save_model
+    from trainer.models.mfa import MFA
+
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = MFA(3, 64, 2, 1e-3)
+        torch.nn.init.normal_(model.means)
+        save_model(f"run{seed}/model", model, "mfa", manifest_for((8, 8, 1)), dequantised=False)
+
+
+def protocol_of(*arguments):
+    found = run(*arguments, "--json")
+    assert found.exit_code == 0, found.exception
+    return json.loads(found.stdout)["protocol"]
+
+
+def test_stored_statistics_belong_to_one_model(sets, two_models):
+    """Models of the same data are told apart by their weights; one that was moved is the same."""
+    arguments = ("--reference", "known.npz", *FEW, "-n", 500, "--json")
+    stored = [json.loads(run("evaluate", f"run{i}", *arguments, "--store", "kept").stdout) for i in (0, 1)]
+    alone = [json.loads(run("evaluate", f"run{i}", *arguments).stdout) for i in (0, 1)]
+    assert stored == alone
+    models = [result["protocol"]["samples_model"] for result in stored]
+    assert stored[0]["per_bin"] != stored[1]["per_bin"]
+    assert models[0] != models[1]
+    files = len(list((sets / "kept").iterdir()))
+    (sets / "run0").rename(sets / "moved")
+    assert protocol_of("evaluate", "moved", *arguments[:-1], "--store", "kept")["samples_model"] == models[0]
+    assert len(list((sets / "kept").iterdir())) == files
+
+
+def test_touching_or_moving_a_file_changes_no_number(sets):
+    arguments = ("--bins", 10, "--n-init", 1, "--subsample", 100, "--max-samples", 600, "--seed", 3, "--json")
+    before = json.loads(run("evaluate", "same.npy", "--reference", "known.npz", *arguments).stdout)
+    (sets / "elsewhere").mkdir()
+    for name in ("same.npy", "known.npz"):
+        shutil.copy(name, "elsewhere")
+        os.utime(f"elsewhere/{name}", (1, 1))
+    after = run("evaluate", "elsewhere/same.npy", "--reference", "elsewhere/known.npz", *arguments)
+    after = json.loads(after.stdout)
+    assert {score["name"] for score in after["scores"]} >= {"KID", "precision", "FID"}
+    assert {**after, "name": ""} == {**before, "name": ""}
+
+
+def test_what_is_held_out_is_never_the_reference_nor_the_samples(sets):
+    """What has no splits holds nothing out; held-out data cannot be tested against itself."""
+    few = ("--bins", 10, "--n-init", 1, "--subsample", 100, "--scores", "memorisation", "--json")
+
+    def judged(*arguments):
+        found = json.loads(run("evaluate", *arguments, *few).stdout)
+        return found["protocol"], {score["name"] for score in found["scores"]}
+
+    for place in ("known.npz", "same.npy"):
+        protocol, names = judged("part.npy", "--reference", place)
+        assert "no held-out data" in protocol["memorisation"]
+        assert not names
+    protocol, names = judged("digits", "--reference", "digits")
+    assert (protocol["memorisation"], names) == ("not tested: the samples are the held-out data", set())
+    protocol, names = judged("part.npy", "--reference", "known.npz", "--held-out", "same.npy")
+    assert (protocol["memorisation"], protocol["held_out"]) == ("against held-out data", "same")
+    assert "memorised" in names
+    refused = run("evaluate", "part.npy", "--reference", "known.npz", *few, "--held-out", "known.npz")
+    assert "held-out data that is in the reference" in str(refused.exception)
+
+
+def test_the_protocol_says_what_decides_a_number(sets, two_models):
+    """Also of a saved reference: how it was read, and which samples were clustered."""
+    (sets / "png").mkdir()
+    (sets / "f.py").write_text("def halves(x):\n    return x.reshape(len(x), -1)[:, ::2]\n")
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        Image.fromarray(rng.integers(0, 256, (12, 10, 3), np.uint8)).save(f"png/{i}.png")
+    few = ("--bins", 5, "--n-init", 1, "--subsample", 20, "--max-samples", 30, "--size", 8, "--grey", "--seed", 3)
+    fitted = run("reference", "png", "--out", "ref", *few, "--scores", "fid")
+    assert fitted.exit_code == 0, fitted.exception
+    expected = {
+        "samples_model": open_set("run0", Taking()).facts["model"], "samples_draws": 50, "samples_seed": 4,
+        "reference_split": "train", "reference_size": 8, "reference_grey": True, "reference_crop": None,
+        "reference_pairs_subsample": 20, "reference_scores_seed": 3, "seed": 3, "initialisations": 1,
+        "scores": "fid", "pairs_subsample": 25, "scores_seed": 4,
+        "memorisation": "not asked for",
+    }  # fmt: skip
+    found = protocol_of(
+        *("evaluate", "run0", "--reference", "ref", "-n", 50, "--seed", 4, "--subsample", 25, "--scores", "fid")
+    )
+    assert {key: found.get(key) for key in expected} == expected
+    assert "30 samples" in found["kmeans_subset"]
+    found = protocol_of(
+        *("evaluate", "png", "--reference", "png", *few, "--scores", "fid", "--features", "module:f.py:halves")
+    )
+    assert found["features_preprocessing"] == "none"
+    assert found["classifier_fingerprint"] == found["space_fingerprint"]
+    assert (found["samples_split"], found["samples_size"]) == ("train", 8)
+
+
+@pytest.mark.parametrize("place", ["run0", "pack", "same.npy"])
+def test_options_that_would_be_ignored_are_refused(sets, two_models, place):
+    from data.shards import pack
+    from data.sources import open_source
+
+    pack(open_source(f"array:{sets}/same.npy"), "pack")
+    for option in (("--size", 4), ("--rgb",)):
+        refused = run("evaluate", place, "--reference", "known.npz", *FEW, "-n", 100, *option)
+        assert isinstance(refused.exception, UserError)
+        assert str(refused.exception).startswith(f"{place}: samples of shape [8, 8, 1]")
+    # What is so already may be asked for: one option serves samples and reference.
+    accepted = run("evaluate", place, "--reference", "known.npz", *FEW, "-n", 100, "--size", 8, "--grey")
+    assert accepted.exit_code == 0, accepted.exception
+
+
+def test_a_space_is_its_content_and_not_its_name(sets):
+    code = "def halves(x):\n    return x.reshape(len(x), -1)[:, ::2]\n\n\ndef others(x):\n    return -halves(x)\n"
+    for name in ("a.py", "b.py"):
+        (sets / name).write_text(code)
+    fitted = run("reference", "known.npz", "--out", "ref", *FEW, "--features", "module:a.py:halves")
+    assert fitted.exit_code == 0, fitted.exception
+    for features, code in (("module:b.py:halves", 0), ("module:a.py:others", 1), ("pixels", 1)):
+        found = run("evaluate", "same.npy", "--reference", "ref", "--scores", "none", "--features", features)
+        assert found.exit_code == code, (features, found.exception)
+
+
+def test_the_json_lies_beside_the_report_wherever_that_is(sets):
+    found = run("evaluate", "same.npy", "--reference", "known.npz", *FEW, "--report", "memory://reports/x.html")
+    assert found.exit_code == 0, found.exception
+    assert json.loads(storage.read_bytes("memory://reports/x.json"))[0]["name"] == "same.npy"
+    assert storage.read_bytes("memory://reports/x.html").startswith(b"<!")
+    refused = run("evaluate", "same.npy", "--reference", "known.npz", *FEW, "--report", "x.json")
+    assert "name an HTML file" in str(refused.exception)
+    assert not (sets / "x.json").exists()

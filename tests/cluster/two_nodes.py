@@ -4,7 +4,8 @@ A job is submitted to the head over HTTP; its shards and results go to the S3 st
 a virtual environment that has only mlflow, torch and numpy then loads the model by its alias and samples from it.
 The same job is then submitted with what can be wrong. Every process that is started is ended by its own id.
 
-Needs PostgreSQL's server (Debian: postgresql), and the extra `services`. `python tests/cluster/two_nodes.py [FOLDER]`.
+Needs root (the second node gets a disk of its own), PostgreSQL's server (Debian: postgresql) and the extra `services`:
+`python tests/cluster/two_nodes.py [FOLDER]`.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ class Deployment:
             "MLFLOW_TRACKING_PASSWORD": PASSWORD,
         }
         self.ray = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_USAGE_STATS_ENABLED": "0"}
-        self.env = {**os.environ, **self.store, **self.client, **self.ray, "MLFLOW_DISABLE_TELEMETRY": "true"}
+        path = f"{BIN}:{os.environ['PATH']}"  # as in an image, where python is the one that has everything
+        self.env = {**os.environ, **self.store, **self.client, **self.ray, "PATH": path}
 
     def say(self, text: str) -> None:
         print(f"{time.perf_counter() - self.began:6.1f} s  {text}", flush=True)
@@ -169,8 +171,10 @@ def ray_nodes(at: Deployment) -> Iterator[None]:
                 f"http://127.0.0.1:{at.http}/api/version", headers={"Authorization": f"Bearer {TOKEN}"}
             )
             at.until("Ray's head", lambda: urllib.request.urlopen(ready, timeout=2).status == 200)
-            worker = ["--address", f"127.0.0.1:{at.gcs}", "--num-cpus", "2", "--node-ip-address", "127.0.0.1"]
-            with at.process("worker", [*ray, *worker]):
+            worker = [*ray, "--address", f"127.0.0.1:{at.gcs}", "--num-cpus", "2", "--node-ip-address", "127.0.0.1"]
+            # A disk of its own, as on another machine: on one they share, each would clear up the other's files.
+            apart = ["unshare", "--mount", "--propagation", "private", "sh", "-c"]
+            with at.process("worker", [*apart, 'mount -t tmpfs tmpfs "$0" && exec "$@"', place, *worker]):
                 status = [str(BIN / "ray"), "status", "--address", f"127.0.0.1:{at.gcs}"]
                 same = {"env": at.env, "capture_output": True}
                 at.until("two nodes", lambda: b"/3.0 CPU" in subprocess.run(status, **same).stdout)

@@ -122,7 +122,8 @@ def test_a_set_that_shrank_reads_nothing_again(tmp_path, monkeypatch, removed):
 
     def judged(chosen, store):
         few = MemoryPartitions(parts.x[chosen], name="few", scale="0..1")
-        few.keys = [f"content {first}" for first in chosen[::100]]
+        few.keys = few.seeds = [f"content {first}" for first in chosen[::100]]
+        few.lasting = True
         read = []
 
         def observe(*arguments):
@@ -146,6 +147,9 @@ def test_a_set_that_shrank_reads_nothing_again(tmp_path, monkeypatch, removed):
 def test_a_damaged_store_is_named(tmp_path):
     parts = samples(n=100)
     observers = {"extent": Extent()}
+    with pytest.raises(UserError, match="leave out --store"):  # other samples in memory would have the same keys
+        observe_stored(parts, 0, View(), observers, str(tmp_path))
+    parts.lasting = True
     observe_stored(parts, 0, View(), observers, str(tmp_path))
     next(tmp_path.iterdir()).write_bytes(b"broken")
     with pytest.raises(UserError, match="remove it"):

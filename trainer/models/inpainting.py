@@ -8,12 +8,13 @@ analysers again, whose sums over features become matrix products with the masks 
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from trainer.models.mfa import MFA
+if TYPE_CHECKING:
+    from trainer.models.mfa import MFA
 
 _CHUNK_BYTES = 64 << 20
 

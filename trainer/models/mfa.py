@@ -1,6 +1,6 @@
 """Mixture of factor analysers: exact likelihood, responsibilities and samples of high-dimensional data.
 
-This file imports only torch and the standard library, so that it travels with a registered model as it is.
+This file imports only torch, the standard library and its neighbours: with these it travels in a registered model.
 
 References:
     Z. Ghahramani, G. Hinton, The EM Algorithm for Mixtures of Factor Analyzers, CRG-TR-96-1, 1996.
@@ -240,6 +240,12 @@ class MFA(nn.Module):
         """μ + A E[z | x] of the most probable component, [batch, n_features]: the sample without its noise."""
         component = self.map_component(x)
         return self.decode(self.latent_posterior(x, component)[0], component)
+
+    def inpaint(self, x: Tensor, observed: Tensor, **options: Any) -> Tensor:
+        """Fills in the hidden features of samples x [batch, ...]; see `trainer.models.inpainting.inpaint`."""
+        from trainer.models.inpainting import inpaint
+
+        return inpaint(self, x, observed, **options)
 
     def log_prior(self) -> Tensor:
         """Log-density of the noise variances under their prior, up to a constant: -ν/2 Σ (log D + v / D), in nats.

@@ -1,0 +1,60 @@
+"""The commands about registered models: promote, card, serve."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from cluster.terminal import TRACKING, out_console, print_fields, print_table
+from data.errors import printable
+from data.limits import MAX_DRAWN, MAX_SEED
+
+
+def promote(
+    name: str = typer.Argument(help="the registered model"),
+    source: str = typer.Option("candidate", "--from", help="alias (or version) of the candidate"),
+    to: str = typer.Option("champion", "--to", help="alias that moves to the candidate"),
+    reference: str = typer.Option(None, "--reference", help="what `reference` left; default: the champion's"),
+    data: str = typer.Option(None, "--data", help="held-out data for likelihoods; default: the champion's"),
+    split: str = typer.Option("test", "--split", help="split of DATA, where it has splits"),
+    features: str = typer.Option(None, "--features", help="what REFERENCE was fitted by; default: pixels"),
+    margin: float = typer.Option(0.0, "--margin", min=0, help="nats of likelihood that may be lost beyond chance"),
+    n: int = typer.Option(10_000, "-n", min=2, max=MAX_DRAWN, help="samples drawn from each"),
+    seed: int = typer.Option(0, "--seed", min=0, max=MAX_SEED, help="fixes the samples and the dequantisation"),
+    force: bool = typer.Option(False, "--force", help="promote a worse candidate too; recorded as a tag"),
+    tracking_uri: str = TRACKING,
+) -> None:
+    """Makes the candidate champion, unless NDB, JS or likelihood is worse beyond chance: then exit code 3."""
+    from cluster.promotion import Protocol
+    from cluster.promotion import promote as promote_entry
+
+    protocol = Protocol(n, seed, reference, data, split, features, margin)
+    outcome = promote_entry(name, protocol, source=source, target=to, tracking_uri=tracking_uri, force=force)
+    if outcome.contests:
+        print_table(outcome.table())
+    worse = "; ".join(contest.text for contest in outcome.worse)
+    if not outcome.promoted:
+        print(f"manymodes: refused: {printable(worse)} (--force promotes nevertheless)", file=sys.stderr)
+        raise typer.Exit(3)
+    if outcome.worse:
+        print(f"manymodes: warning: promoted by force, although {printable(worse)}", file=sys.stderr)
+    if outcome.uncompared:
+        print(f"manymodes: warning: promoted by force, not compared: {printable(outcome.uncompared)}", file=sys.stderr)
+    elif not outcome.contests:
+        out_console.print(" ".join(outcome.notes) or f"{name} had no {to}: the candidate is complete.")
+    print_fields(**{to: f"models:/{name}@{to} (version {outcome.candidate.version})"})
+
+
+def card(
+    name: str = typer.Argument(help="the registered model: NAME, NAME@ALIAS or NAME@VERSION"),
+    out: str = typer.Option(..., "--out", help="HTML file"),
+    tracking_uri: str = TRACKING,
+) -> None:
+    """Writes a model card: scores with their protocol, pictures, how to load it, where it comes from."""
+    from data import storage
+    from deploy.card import model_card
+    from trainer.tracking import resolve_uri
+
+    storage.write_text(out, model_card(name, resolve_uri(tracking_uri)))
+    print_fields(card=out)
