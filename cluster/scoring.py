@@ -280,6 +280,7 @@ def score_sets(
                     scores=scores,
                     over_reference=None if partitions is None else runner.over(partitions, advance),
                     held_out=None if reason or held_out is None else (held_out, runner.over(held_out, advance)),
+                    untested=reason and reason.removeprefix("not tested: "),
                     stored=store is not None,
                     extras=facts,
                 )

@@ -78,6 +78,7 @@ def judge_set(
     extras: Mapping[str, Any] | None = None,
     over_reference: Pass | None = None,
     held_out: tuple[Partitions, Pass] | None = None,
+    untested: str | None = None,
     stored: bool = False,
 ) -> Row:
     """Every score of one set of samples, in one pass over it.
@@ -93,6 +94,7 @@ def judge_set(
         extras: further facts for the protocol.
         over_reference: passes over the reference, for the search for copies.
         held_out: data that nobody trained on, to tell whether samples are nearer to the reference than chance.
+        untested: why there is none, for the table.
         stored: the pass keeps what it found of each partition: subsets then may not depend on the set's size.
 
     Raises:
@@ -122,7 +124,7 @@ def judge_set(
     memorised: Memorisation | str | None = "the reference's samples are not at hand: give the set that it was fitted to"
     if search and over_reference is not None:
         copies = _copies(seen["queries"], over_reference, held_out, scores.seed)
-        memorised = copies.found
+        memorised = copies.found or untested
     try:
         found = scores_of(reference.summary, seen["summary"], memorised, reference.space.name)
     except UserError as error:
