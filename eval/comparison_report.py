@@ -154,7 +154,7 @@ def _taken(comparison: Comparison, found: list[Score | None]) -> str:
     words = {}
     for row, score in zip(comparison.rows, found):
         if score is not None:
-            other = score.itself_protocol not in (None, score.protocol)
+            other = score.itself_protocol is not None and score.itself_protocol not in score.protocol
             words[row.name] = score.words + (f"; two parts: {score.itself_protocol}" if other else "")
     if len(set(words.values())) == 1:
         return next(iter(words.values()))

@@ -223,7 +223,8 @@ class Summary:
             order = np.random.default_rng([self.settings.seed, 1]).permutation(len(features))
             own, rest = np.sort(order[:size]), np.sort(order[size : size + self.settings.subsample])
             found = _PAIRS[name](features[rest], features[own], self.settings.seed, _scale_of(self.paired()))
-            self._itself[name, size] = {score.name: score for score in found}
+            sizes = (_sizes(score.name, len(rest), len(own)) for score in found)
+            self._itself[name, size] = {each.name: replace(each, protocol=words) for each, words in zip(found, sizes)}
         return self._itself[name, size]
 
 
@@ -303,6 +304,11 @@ def _paired(name: str, reference: Summary, samples: Summary) -> list[Score]:
         replace(score, itself=own.value, itself_protocol=own.protocol) if (own := itself.get(score.name)) else score
         for score in found
     ]
+
+
+def _sizes(name: str, n_reference: int, n_samples: int) -> str:
+    most = _SINKHORN_SAMPLES if name == "Sinkhorn divergence" else n_reference + n_samples
+    return f"{min(n_reference, most):,} and {min(n_samples, most):,} samples"
 
 
 def _scale_of(features: np.ndarray) -> float:
