@@ -51,7 +51,6 @@ def test_a_missing_digit_is_refused_even_with_a_yardstick_of_its_own(shelf, cham
     line = refused.err.strip().splitlines()[-1]
     assert line.startswith("manymodes: refused: NDB (Holm) is ")
     assert "JS is +" in line
-    print(line)
     forced = call(*command, "--force")
     assert forced.code == 0
     assert "promoted by force" in forced.err
