@@ -4,13 +4,18 @@ EXTRA  ?= cpu
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-cluster lint bench image clean
 
 demo: $(VENV)/.installed
 	$(BIN)/manymodes run digits --out runs/digits
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
+
+# Two Ray nodes, S3 storage and MLflow on PostgreSQL, all on loopback; needs PostgreSQL's server.
+test-cluster: $(VENV)/.installed-test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRA),test,services]'
+	timeout 1500 $(BIN)/python tests/cluster/two_nodes.py
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -19,6 +24,9 @@ lint: $(VENV)/.installed-test
 
 bench: $(VENV)/.installed-test
 	@for script in tests/benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+image:
+	deploy/image/build.sh $(EXTRA)
 
 # The stamps make a second call free; a changed pyproject.toml or constraints.txt installs again.
 $(VENV)/bin/python:

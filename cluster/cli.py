@@ -8,20 +8,17 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 import typer
 from rich.table import Table
 from typer.exceptions import TyperException
 
-from cluster import cli_registry, cli_scores
+from cluster import cli_jobs, cli_registry, cli_scores
 from cluster.entry import leave_interrupted
 from cluster.terminal import RAY, TRACKING, out_console, print_fields, print_table
 from data.errors import UserError, io_error, one_line, printable
 from data.limits import MAX_DRAWN, MAX_SEED
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer(
     name="manymodes",
@@ -293,10 +290,15 @@ def traverse(
         out_console.print(str(Path(out) / name), highlight=False)
 
 
-_JUDGING = (cli_scores.evaluate, cli_scores.compare, cli_scores.reference, cli_scores.watch, cli_scores.study)
+_JUDGING = (
+    *(cli_scores.evaluate, cli_scores.compare, cli_scores.reference, cli_scores.watch, cli_scores.study),
+    cli_scores.features,
+)
 _REGISTRY = (cli_registry.promote, cli_registry.card, cli_registry.serve)
 for command in (*_JUDGING, *_REGISTRY):
     app.command()(command)
+app.command()(cli_jobs.submit)
+app.add_typer(cli_jobs.jobs, name="jobs")
 
 
 def main() -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import posixpath
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -15,6 +15,7 @@ from data.errors import UserError
 from data.limits import MAX_DRAWN, MAX_SEED, MAX_SIDE
 
 if TYPE_CHECKING:
+    from cluster.densities import DensityOption
     from cluster.scoring import Runner
     from eval.comparison import Comparison
 
@@ -36,7 +37,9 @@ WHITEN = typer.Option(False, "--whiten", help="divide by the reference's standar
 SCORES = typer.Option(
     "all", "--scores", help="all, none, or some of fid,kid,manifold,transport,sharpness,classes,memorisation"
 )
-SUBSAMPLE = typer.Option(5000, "--subsample", min=10, help="random samples for scores of pairs")
+SUBSAMPLE = typer.Option(
+    None, "--subsample", min=10, help="random samples for scores of pairs (default: 5000, or as REF was fitted)"
+)
 FEATURES = typer.Option(
     "pixels",
     "--features",
@@ -46,6 +49,7 @@ CLASSIFIER = typer.Option(None, "--classifier", help="an extractor that classifi
 HELD_OUT = typer.Option(
     None, "--held-out", help="data nobody trained on, for the search for copies (default: the test split of REF)"
 )
+DENSITY = typer.Option(None, "--density", help="a model (as above): how likely are SAMPLES under it?")
 WORKERS = typer.Option(None, "--workers", min=1, help="share the passes among so many Ray workers")
 GPUS = typer.Option(0.0, "--gpus-per-task", min=0, help="GPUs that a Ray task reserves")
 JSON = typer.Option(False, "--json", help="print one JSON object and nothing else")
@@ -63,6 +67,7 @@ def evaluate(
     features: str = FEATURES,
     classifier: str = CLASSIFIER,
     held_out: str = HELD_OUT,
+    density: str = DENSITY,
     seed: int = SEED,
     n: int = N,
     split: str = SPLIT,
@@ -86,6 +91,7 @@ def evaluate(
 ) -> None:
     """Scores samples against a reference: which modes are missing? NDB, JS, FID, precision, copies, ..."""
     given = dict(locals())
+    _check_report(report)
     comparison, seconds = _compare([samples], given)
     row = comparison.rows[0]
     _warn(comparison)
@@ -123,6 +129,7 @@ def compare(
     features: str = FEATURES,
     classifier: str = CLASSIFIER,
     held_out: str = HELD_OUT,
+    density: str = DENSITY,
     seed: int = SEED,
     n: int = N,
     split: str = SPLIT,
@@ -151,6 +158,7 @@ def compare(
         return
     if reference is None:
         raise UserError("name the data to cover by --reference")
+    _check_report(report)
     comparison, seconds = _compare(samples, given)
     _warn(comparison)
     if report:
@@ -158,7 +166,7 @@ def compare(
     if as_json:
         print(json.dumps([row.to_dict() for row in comparison.rows]))
         return
-    from eval.comparison import bins_table
+    from eval.comparison_report import bins_table
 
     print_table(bins_table(comparison))
     _print_scores(comparison)
@@ -207,9 +215,12 @@ def watch(
     samples: str = typer.Argument(help=PLACES),
     reference: str = typer.Option(..., "--reference", help="what `reference` left"),
     history: str = typer.Option(..., "--history", help="file to which the batch is appended, one JSON object a line"),
-    max_ndb: int = typer.Option(0, "--max-ndb", min=0, help="bins that may be flagged after Holm's correction"),
-    max_js: float = typer.Option(None, "--max-js", min=0, help="JS (nats) that may be reached; default: chance's 95 %"),
-    significance: float = P,
+    max_ndb: int = typer.Option(0, "--max-ndb", min=0, help="bins that may differ after Holm's correction"),
+    max_js: float = typer.Option(None, "--max-js", min=0, help="JS (nats) that may be reached (default: by chance)"),
+    significance: float = typer.Option(
+        0.001, "--significance", min=1e-4, max=0.5,
+        help="rate of false alarms, for a batch and for all together; half of it each for bins and for JS",
+    ),
     features: str = FEATURES,
     classifier: str = CLASSIFIER,
     split: str = SPLIT,
@@ -223,7 +234,11 @@ def watch(
     as_json: bool = JSON,
     tracking_uri: str = TRACKING,
 ) -> None:
-    """Watches for drift: scores a new batch by a fitted reference; exit code 3 where a threshold is passed."""
+    """Watches for drift: scores a new batch by a fitted reference; exit code 3 where it, or all together, drifted.
+
+    A batch of the reference's own distribution alarms at a rate of --significance at most, and so do all batches
+    together: the exit code is false at twice that rate at most.
+    """
     from cluster.scoring import is_reference
     from cluster.watch import Thresholds, record
 
@@ -231,12 +246,13 @@ def watch(
         raise UserError(f"{reference}: no fitted reference there: make one with `manymodes reference`")
     given = {
         **dict(locals()), "bins": "100", "scores": "none", "z_threshold": None, "held_out": None, "store": None,
+        "density": None,
         "reference_split": "train", "max_samples": None, "max_dimensions": None, "n_init": 1, "whiten": False,
-        "subsample": 10,
+        "subsample": None,
     }  # fmt: skip
     comparison, _ = _compare([samples], given)
     _warn(comparison)
-    batch, together = record(comparison.rows[0], Thresholds(max_ndb, max_js), history)
+    batch, together = record(comparison.rows[0], Thresholds(significance, max_ndb, max_js), history)
     if as_json:
         print(json.dumps({"batch": batch, "all": together}))
     else:
@@ -245,8 +261,38 @@ def watch(
             limits = (str(found["ndb_limit"]), f"{found['js']:.5f}", f"{found['js_limit']:.5f}")
             table.add_row(name, f"{found['n']:,}", str(found["ndb_holm"]), *limits, "yes" if found["drift"] else "no")
         out_console.print(table)
-    if batch["drift"]:
+        print_fields(drift=f"{batch['rule']}; false alarms: {significance:g} at most, for each line")
+    if batch["drift"] or together["drift"]:
         raise typer.Exit(3)
+
+
+def features(
+    place: str = typer.Argument(help=PLACES),
+    features: str = typer.Option(..., "--features", help="as for `evaluate`"),
+    out: str = typer.Option(..., "--out", help="folder or URL for the pack of vectors"),
+    classifier: str = CLASSIFIER,
+    split: str = typer.Option("test", "--split", help="splits of PLACE, as test or train,test"),
+    size: int = SIZE,
+    grey: bool = GREY,
+    seed: int = SEED,
+    n: int = N,
+    workers: int = WORKERS,
+    ray_address: str = RAY,
+    gpus_per_task: float = GPUS,
+    tracking_uri: str = TRACKING,
+) -> None:
+    """Writes the features of a set as a pack of vectors, in its order and with its labels, to be judged many times."""
+    from cluster.feature_packs import write_features
+    from cluster.progress import Stages
+    from cluster.scoring import open_set, running
+    from data import storage
+
+    given = dict(locals())
+    with running(_looking(given), Stages()) as runner:
+        sets = {name: open_set(place, _taking(given, name)) for name in _parts(split)}
+        manifest = write_features(runner, sets, place, storage.check_url(out))
+    counts = ", ".join(f"{name} {record.samples:,}" for name, record in manifest.splits.items())
+    print_fields(pack=manifest.base, vectors=f"{manifest.shape[0]} features each; {counts}")
 
 
 def study(
@@ -256,7 +302,7 @@ def study(
     classes: str = typer.Option(None, "--classes", help="thin these classes, one at a time (default: each)"),
     bins: int = typer.Option(100, "--bins", min=2, help="K-means bins"),
     splits: int = typer.Option(20, "--splits", min=2, help="random splits into reference and samples that are judged"),
-    calibration: int = typer.Option(99, "--calibration", min=1, help="further splits, which fix the thresholds"),
+    calibration: int = typer.Option(80, "--calibration", min=1, help="further splits, for the thresholds alone"),
     level: float = typer.Option(0.05, "--level", help="false-alarm rate that is allowed"),
     samples: int = typer.Option(5000, "--samples", min=10, help="samples of each half of a split, at most"),
     subsample: int = typer.Option(2000, "--subsample", min=10, help="samples for scores of pairs"),
@@ -336,7 +382,11 @@ def _options(given: dict[str, Any]) -> Any:
     names = ("max_samples", "max_dimensions", "n_init", "whiten", "seed")
     same = {name: given[name] for name in names}
     settings = [BinSettings(n_bins=k, **same) for k in _numbers_of_bins(given["bins"])]
-    scores = ScoreSettings(parse_scores(given["scores"]), given["subsample"], given["seed"])
+    scores = ScoreSettings(
+        parse_scores(given["scores"]),
+        *(given["subsample"] or ScoreSettings.subsample, given["seed"]),
+        explicit=given["scores"] != "all",
+    )
     return ReferenceOptions(settings or [BinSettings(**same)], scores, labels=not settings)
 
 
@@ -353,10 +403,12 @@ def _numbers_of_bins(text: str) -> list[int]:
 
 
 def _compare(samples: list[str], given: dict[str, Any]) -> tuple[Comparison, dict[str, float]]:
+    from cluster.densities import DensityOption
     from cluster.progress import Stages
-    from cluster.scoring import held_out_of, open_set, reference_of, running, score_sets
+    from cluster.scoring import held_out_of, is_reference, open_set, reference_of, running, score_sets
     from data import storage
     from eval.evaluate import Rule
+    from eval.stored import check_lasting
 
     if given["z_threshold"] is not None and given["significance"] is not None:
         raise UserError("give --z-threshold or --significance, not both")
@@ -364,35 +416,59 @@ def _compare(samples: list[str], given: dict[str, Any]) -> tuple[Comparison, dic
     options = _options(given)
     stages = Stages(quiet=given["as_json"])
     known = _taking(given, given["reference_split"], 1)
+    if given["held_out"] and is_reference(given["reference"]):
+        raise UserError(
+            f"--held-out: copies are searched among the reference's samples, which {given['reference']} does not hold: "
+            "name the set that it was fitted to"
+        )
     with running(_looking(given), stages) as runner:
         with stages.stage("open samples"):
             sets = {name: open_set(name, _taking(given, given["split"])) for name in samples}
             for name, opened in sets.items():
                 opened.name = name  # as the user calls it
-            held = None
-            if "memorisation" in options.scores.names:
-                held = held_out_of(given["reference"], known)
-                if given["held_out"]:
-                    held = open_set(given["held_out"], _taking(given, given["split"]))
+            searched = "memorisation" in options.scores.names
+            named = given["held_out"] if searched else None
+            held = None if named is None else open_set(named, _taking(given, given["split"]))
+            asked = given["density"]
+            density = DensityOption(asked, given["tracking_uri"], given["seed"]) if asked else None
+            if density is not None:
+                density.model()  # what is no density is refused before anything starts
+            for opened in sets.values() if given["store"] else ():
+                check_lasting(opened)
         fitted, partitions = reference_of(runner, given["reference"], known, options)
+        if searched and held is None and partitions is not None:
+            held = held_out_of(given["reference"], known, partitions)
+        scores = options.scores
+        if partitions is None:
+            scores = scores.like(fitted.summary.settings)
+            if given["subsample"] not in (None, scores.subsample):
+                raise UserError(
+                    f"{given['reference']}: fitted with --subsample {scores.subsample}: leave it out, or fit anew"
+                )
         comparison = score_sets(
             *(runner, sets, fitted, partitions),
             rule=rule,
-            scores=options.scores,
+            scores=scores,
             held_out=held,
             store=None if given["store"] is None else storage.check_url(given["store"]),
-            extras={name: given[name] for name in ("split", "reference_split", "size", "grey")},
+            density=density,
         )
-        _export(runner, comparison, given.get("per_sample"), given.get("export_missing"))
+        _export(runner, comparison, given.get("per_sample"), given.get("export_missing"), density)
     return comparison, {name: round(value, 3) for name, value in stages.seconds.items()}
 
 
-def _export(runner: Runner, comparison: Comparison, per_sample: str | None, export: str | None) -> None:
+def _export(
+    runner: Runner,
+    comparison: Comparison,
+    per_sample: str | None,
+    export: str | None,
+    density: DensityOption | None,
+) -> None:
     from cluster.exports import export_missing, neighbours_of, write_per_sample
 
     row, known = comparison.rows[0], comparison.reference
     if per_sample:
-        write_per_sample(runner, row.samples, known.bins[0], neighbours_of(known), per_sample)
+        write_per_sample(runner, row.samples, known.bins[0], neighbours_of(known), density, per_sample)
     if export:
         result = row.evaluation.result
         missing = [int(k) for k in result.by_evidence() if result.flagged[k] and result.direction(int(k)) == "missing"]
@@ -408,11 +484,17 @@ def _warn(comparison: Comparison) -> None:
 
 
 def _print_scores(comparison: Comparison) -> None:
-    from eval.comparison import scores_table
+    from eval.comparison_report import scores_table
 
     table = scores_table(comparison)
     if table is not None:
         print_table(table)
+
+
+def _check_report(path: str | None) -> None:
+    """Raises UserError, before any work, where the report's JSON file would take the place of the report itself."""
+    if path and posixpath.splitext(path)[1].lower() == ".json":
+        raise UserError(f"--report {path}: a JSON file is written beside the report: name an HTML file")
 
 
 def _write_report(path: str, comparison: Comparison, seconds: dict[str, float]) -> None:
@@ -420,4 +502,5 @@ def _write_report(path: str, comparison: Comparison, seconds: dict[str, float]) 
     from data import storage
 
     storage.write_text(path, comparison_report(comparison, seconds))
-    storage.write_text(str(Path(path).with_suffix(".json")), json.dumps([row.to_dict() for row in comparison.rows]))
+    beside = f"{posixpath.splitext(path)[0]}.json"
+    storage.write_text(beside, json.dumps([row.to_dict() for row in comparison.rows]))

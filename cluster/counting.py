@@ -10,7 +10,7 @@ import ray
 
 from data.errors import StorageError, UserError, one_line
 from data.partitions import Partitions
-from eval.measure import View, merge_into
+from eval.measure import View, merged
 from eval.observed import Pass
 from eval.stored import observe_stored
 
@@ -41,17 +41,9 @@ def ray_pass(
         UserError: as `eval.measure.observe_partition`, or a task that was killed too often.
     """
     def over(observers: Mapping[str, Any]) -> Mapping[str, Any]:
-        total: dict[str, Any] = {}
-        done = 0
         placed = {"cpus_per_task": cpus_per_task, "gpus_per_task": gpus_per_task}
         parts = ray_map(observe_stored, partitions, open_view, dict(observers), store, **placed)
-        for number, part in enumerate(parts):
-            merge_into(total, part)
-            done += 1 if partitions.sizes is None else partitions.sizes[number]
-            progress(done, total=len(partitions) if partitions.n is None else partitions.n)
-        if not total:
-            raise UserError(f"{partitions.name}: no samples there: check the path and the split")
-        return total
+        return merged(partitions, observers, parts, progress)
 
     return over
 
@@ -64,14 +56,22 @@ def ray_map(
     cpus_per_task: float = 1,
     gpus_per_task: float = 0,
 ) -> Iterator[Any]:
-    """function(partitions, number, view, *arguments) of every partition, one Ray task each, in the set's order."""
+    """function(partitions, number, view, *arguments) of every partition, one Ray task each, in the set's order.
+
+    A task is sent no more of the set than its own partition needs (`Partitions.only`).
+    """
     task = ray.remote(
         num_cpus=cpus_per_task, num_gpus=gpus_per_task, max_retries=MAX_RETRIES, retry_exceptions=[StorageError]
     )(_apply)
     # Sent once, not with every task.
-    shared = [ray.put(part) for part in (function, partitions, open_view, *arguments)]
+    whole = ray.put(partitions) if len(partitions) and partitions.only(0) is partitions else None
+    sent, *shared = (ray.put(part) for part in (function, open_view, *arguments))
+
+    def call(number: int) -> Any:
+        return task.remote(number, sent, partitions.only(number) if whole is None else whole, *shared)
+
     window = max(2, int(2 * ray.cluster_resources().get("CPU", 1) / cpus_per_task))
-    yield from in_order((functools.partial(task.remote, number, *shared) for number in range(len(partitions))), window)
+    yield from in_order((functools.partial(call, number) for number in range(len(partitions))), window)
 
 
 def in_order(calls: Iterator[Callable[[], Any]], window: int) -> Iterator[Any]:

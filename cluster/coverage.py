@@ -11,13 +11,15 @@ from cluster.models import LocalModel
 from cluster.progress import console
 from cluster.recipe import Recipe
 from cluster.verdict import Verdict
+from data import storage
 from data.errors import UserError
 from data.manifest import Manifest
 from data.partitions import PackPartitions
 from data.stream import read_blocks
 from eval import mixture_figures
 from eval.baselines import fit_gaussian_mixture
-from eval.comparison import Comparison, JudgedData, compare, report_sections
+from eval.comparison import Comparison, JudgedData, compare
+from eval.comparison_report import headline_table, report_sections
 from eval.drawn import Density
 from eval.evaluate import Rule
 from eval.report import ReportFigure, ReportSection
@@ -50,12 +52,12 @@ def judge(recipe: Recipe, trained: Trained, advance: Any) -> Verdict:
 
     return Verdict(
         metrics=_metrics(comparison, name),
-        table=comparison.table(),
+        table=headline_table(comparison),
         models=[one.to_dict() for one in comparison.rows],
         protocol=row.evaluation.protocol,
         lead=f"{name}, trained on {reference.name}: {result.ndb} of {result.bins} bins differ from the data.",
         sections=sections,
-        save=lambda folder: reference.save(str(folder / "reference")),
+        save=lambda folder: reference.save(storage.join(folder, "reference")),
     )
 
 

@@ -46,3 +46,7 @@ def leave_interrupted() -> NoReturn:
 def _terminated(signum: int, frame: Any) -> None:
     """SIGTERM ends a job as Ctrl-C does: Ray and the MLflow run are closed."""
     raise KeyboardInterrupt
+
+
+if __name__ == "__main__":  # as a submitted job calls it
+    main()

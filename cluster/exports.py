@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cluster.densities import DensityOption
 from cluster.scoring import Runner
 from data import kmeans, storage
 from data.errors import UserError
@@ -20,8 +21,8 @@ from data.partitions import Partitions, Piece
 from data.pixels import scale
 from data.shards import write_shard
 from eval.bins import Bins
-from eval.measure import View
-from eval.observed import Observed, sample_ids
+from eval.measure import View, seen_by
+from eval.observed import Observed
 from eval.reference import Reference
 
 _SHARD_BYTES = 64 << 20
@@ -44,14 +45,30 @@ def neighbours_of(reference: Reference) -> Neighbours | None:
     return Neighbours(sketch.features(), partitions.names(sketch.positions()))
 
 
+@dataclass(frozen=True)
+class _Look:
+    """What is told of every sample."""
+
+    bins: Bins
+    neighbours: Neighbours | None
+    density: DensityOption | None
+
+
 def write_per_sample(
-    runner: Runner, partitions: Partitions, bins: Bins, neighbours: Neighbours | None, folder: str
+    runner: Runner,
+    partitions: Partitions,
+    bins: Bins,
+    neighbours: Neighbours | None,
+    density: DensityOption | None,
+    folder: str,
 ) -> int:
     """Writes `part-000000.parquet` ... with one row per sample, and returns the number of rows.
 
     Columns: `key` (the shard's sample key), `bin`, `distance` (to the bin's centre, in the features' units; null for
-    given classes), `label` where there are labels, and where `neighbours` are given `nearest` and `nearest_distance`,
-    the nearest of those reference samples.
+    given classes), `label` (null where there is none). Where `neighbours` are given, `nearest_in_subset` and
+    `nearest_in_subset_distance`: the nearest of those reference samples, a random subset of the reference, and not
+    the nearest of all. With `density` also `log_likelihood` in nats and `component`, the most probable one (null
+    where the model has none).
 
     Raises:
         UserError: Parquet files are there already, or the folder cannot be written.
@@ -61,44 +78,43 @@ def write_per_sample(
         raise UserError(f"{folder}: Parquet files are there already: choose another folder")
     with runner.stages.stage("per-sample results", unit="samples") as advance:
         done = 0
-        light = bins.without_pictures()
-        for rows in runner.map(_write_part, partitions, light, neighbours, place):
+        look = _Look(bins.without_pictures(), neighbours, density)
+        for rows in runner.map(_write_part, partitions, look, place):
             done += rows
             advance(done, total=partitions.n)
     return done
 
 
-def _write_part(
-    partitions: Partitions, number: int, view: View, bins: Bins, neighbours: Neighbours | None, folder: str
-) -> int:
-    tables = [_rows(partitions, number, piece, view, bins, neighbours) for piece in partitions.pieces(number)]
+def _write_part(partitions: Partitions, number: int, view: View, look: _Look, folder: str) -> int:
+    tables = [_rows(partitions, number, piece, view, look) for piece in partitions.pieces(number)]
+    if not tables:  # an empty shard of somebody else
+        return 0
     table = pa.concat_tables(tables)
     with storage.publish(storage.join(folder, f"part-{number:06d}.parquet")) as handle:
         pq.write_table(table, handle)
     return table.num_rows
 
 
-def _rows(
-    partitions: Partitions, number: int, piece: Piece, view: View, bins: Bins, neighbours: Neighbours | None
-) -> pa.Table:
+def _rows(partitions: Partitions, number: int, piece: Piece, view: View, look: _Look) -> pa.Table:
     seen = _seen(partitions, number, piece, view)
-    labels, squared = bins.assign(seen)
+    labels, squared = look.bins.assign(seen)
+    neighbours, none = look.neighbours, pa.nulls(len(labels), pa.int64())
     columns: dict[str, Any] = {"key": pa.array(piece.keys()), "bin": labels}
     columns["distance"] = pa.nulls(len(labels), pa.float32()) if squared is None else np.sqrt(squared)
-    if piece.label is not None:
-        columns["label"] = piece.label
+    columns["label"] = none if piece.label is None else piece.label
     if neighbours is not None:
         nearest, gaps = kmeans.assign(seen.features, neighbours.features)
-        columns["nearest"] = pa.array(np.array(neighbours.keys, object)[nearest])
-        columns["nearest_distance"] = np.sqrt(np.maximum(gaps, 0))
+        columns["nearest_in_subset"] = pa.array(np.array(neighbours.keys, object)[nearest])
+        columns["nearest_in_subset_distance"] = np.sqrt(np.maximum(gaps, 0))
+    if look.density is not None:
+        columns["log_likelihood"], components = look.density.of(partitions, piece)
+        columns["component"] = none if components is None else components
     return pa.table(columns)
 
 
 def _seen(partitions: Partitions, number: int, piece: Piece, view: View) -> Observed:
     x = scale(piece.x, partitions.levels)
-    features, probabilities = view.look(x)
-    ids = sample_ids(partitions.keys[number], len(x), piece.start)
-    return Observed(x, features, ids, np.arange(len(x)), piece.label, probabilities)
+    return seen_by(view, partitions, number, piece.start, x, piece.label, piece.probabilities)
 
 
 def export_missing(
@@ -121,20 +137,14 @@ def export_missing(
         raise UserError(f"{place}: files are there already: choose another folder")
     keys: list[str] = []
     numbers: list[int] = []
-    view = runner.view()
 
     def chosen() -> Iterator[Block]:
-        for number in range(len(partitions)):
-            for piece in partitions.pieces(number):
-                labels, _ = bins.assign(_seen(partitions, number, piece, view))
-                rows = np.flatnonzero(np.isin(labels, missing))
-                if len(rows):
-                    names = piece.keys()
-                    keys.extend(names[row] for row in rows)
-                    numbers.extend(labels[rows].tolist())
-                    block = {"x": piece.x[rows]}
-                    yield block if piece.label is None else {**block, "label": piece.label[rows]}
-                advance(len(keys), total=int(bins.counts[list(missing)].sum()))
+        for found in runner.map(_missing_part, partitions, bins.without_pictures(), list(missing)):
+            for names, labels, block in found:
+                keys.extend(names)
+                numbers.extend(labels)
+                yield block
+            advance(len(keys), total=int(bins.counts[list(missing)].sum()))
 
     with runner.stages.stage("export missing bins", unit="samples") as advance:
         blocks = chosen()
@@ -146,6 +156,22 @@ def export_missing(
         with storage.publish(storage.join(storage.check_url(folder), "missing.parquet")) as handle:
             pq.write_table(table, handle)
     return manifest.n_samples(MISSING_SPLIT), place
+
+
+def _missing_part(
+    partitions: Partitions, number: int, view: View, bins: Bins, missing: list[int]
+) -> list[tuple[list[str], list[int], Block]]:
+    """Keys, bins and samples of a partition that are in the missing bins."""
+    found = []
+    for piece in partitions.pieces(number):
+        labels, _ = bins.assign(_seen(partitions, number, piece, view))
+        rows = np.flatnonzero(np.isin(labels, missing))
+        if len(rows):
+            names, block = piece.keys(), {"x": piece.x[rows]}
+            if piece.label is not None:
+                block["label"] = piece.label[rows]
+            found.append(([names[row] for row in rows], labels[rows].tolist(), block))
+    return found
 
 
 def _pack(blocks: Iterator[Block], first: Block, partitions: Partitions, place: str) -> Manifest:

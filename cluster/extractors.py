@@ -35,7 +35,7 @@ def open_extractor(spec: str, tracking_uri: str | None = None) -> Extractor:
     if not place:
         raise UserError(f"{spec!r} names no classifier: give classifier:models:/NAME@ALIAS or classifier:FOLDER")
     registered = place.startswith("models:")
-    whole = place if registered else str(storage.local_folder(place))
+    whole = place if registered else storage.check_url(place)
     opened = open_classifier(whole, tracking_uri)
     digest = storage.sha256(storage.join(opened.folder, "weights.safetensors"))
     features.check_pin(place, digest, pin)
@@ -52,4 +52,4 @@ def open_extractor(spec: str, tracking_uri: str | None = None) -> Extractor:
     accuracy = opened.test_accuracy
     note = "test accuracy unknown" if accuracy is None else f"test accuracy {accuracy:.2%}"
     spec = f"classifier:{whole}#sha256={digest}"
-    return Extractor(name, spec, digest, function, n_features=network.n_hidden, note=note)
+    return Extractor(name, spec, digest, function, n_features=network.n_hidden, note=note, of_labels=True)

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from cluster.hierarchy import component_folder, flatten, route_samples, save_trained, train_sub_mixtures
@@ -33,7 +32,7 @@ class Trained:
     `root` are the closing metrics of the root, or of the model where there is no hierarchy.
     """
 
-    folder: Path
+    folder: str
     job: Job
     uri: str
     manifest: Manifest
@@ -62,7 +61,7 @@ def trained_model(
 
     `check` sees the packed data before training begins: what would fail afterwards is better refused then.
     """
-    folder = storage.local_folder(out)
+    folder = storage.check_url(out)
     uri = tracking.resolve_uri(recipe.tracking.uri)
     stages = Stages(quiet)
     if began is not None:
@@ -105,7 +104,7 @@ def train_job(recipe: Recipe, out: str, *, ray_address: str | None = None, quiet
         trained.job.finished = True
         trained.job.save(trained.folder)
         return {
-            "model": str(trained.folder / "model"),
+            "model": storage.join(trained.folder, "model"),
             "mlflow_tracking_uri": trained.uri,
             "mlflow_run_id": trained.run_id,
             "seconds": trained.stages.seconds,
@@ -114,7 +113,7 @@ def train_job(recipe: Recipe, out: str, *, ray_address: str | None = None, quiet
 
 def publish_model(recipe: Recipe, trained: Trained, scores: Mapping[str, float] | None = None) -> None:
     """Leaves the final model in `out`/model, with what it reached on test data."""
-    target = str(trained.folder / "model")
+    target = storage.join(trained.folder, "model")
     model, _ = load_model(trained.model)
     save_trained(target, model, recipe, trained.manifest, scores)
 
@@ -125,9 +124,9 @@ def _can_be_trained(recipe: Recipe, manifest: Manifest) -> None:
     recipe.model.check(manifest, recipe.initialisation)
 
 
-def _packed(recipe: Recipe, folder: Path, advance: Any) -> Manifest:
+def _packed(recipe: Recipe, folder: str, advance: Any) -> Manifest:
     """The packed shards: a pack that is given, one that was made before from the same source, or a new one."""
-    place = storage.check_url(recipe.data.shards or str(folder / "shards"))
+    place = storage.check_url(recipe.data.shards or storage.join(folder, "shards"))
     if recipe.data.source is None:
         return load_manifest(place)
     source = open_source(recipe.data.source, recipe.data.options)

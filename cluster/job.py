@@ -37,48 +37,49 @@ class Job:
     finished: bool = False
 
     @classmethod
-    def find(cls, out: Path, recipe: Recipe) -> Job:
+    def find(cls, out: str, recipe: Recipe) -> Job:
         """The unfinished job of this recipe in `out`, or a new one; writes nothing."""
-        path = out / "job.json"
-        if path.exists():
+        path = storage.join(out, "job.json")
+        if storage.exists(path):
             with suppress(ValueError, TypeError):
-                last = cls(**json.loads(path.read_text()))
+                last = cls(**json.loads(storage.read_bytes(path)))
                 if not last.finished and last.recipe == recipe.fingerprint():
                     return last
         return cls(time.strftime("%Y%m%d-%H%M%S-") + uuid.uuid4().hex[:6], recipe.fingerprint())
 
-    def begin(self, out: Path) -> None:
+    def begin(self, out: str) -> None:
         """Writes `job.json`, and removes the working files of earlier jobs."""
         self.save(out)
-        if (out / "work").is_dir():
-            for old in (out / "work").iterdir():
-                if old.name != self.id:
-                    storage.remove(str(old))
+        work = storage.join(out, "work")
+        for old in storage.names(work):
+            if old != self.id:
+                storage.remove(storage.join(work, old))
 
-    def use_data(self, out: Path, fingerprint: str) -> None:
+    def use_data(self, out: str, fingerprint: str) -> None:
         """Notes the data that the job works on; what it did on other data is removed."""
         if self.data not in (None, fingerprint):
             storage.remove(self.work(out))
         self.data = fingerprint
         self.save(out)
 
-    def work(self, out: Path) -> str:
+    def work(self, out: str) -> str:
         """The folder of the job's working files."""
-        return str(out / "work" / self.id)
+        return storage.join(out, "work", self.id)
 
-    def save(self, out: Path) -> None:
+    def save(self, out: str) -> None:
         """Writes `job.json`."""
-        storage.write_text(str(out / "job.json"), json.dumps(asdict(self), indent=1))
+        storage.write_text(storage.join(out, "job.json"), json.dumps(asdict(self), indent=1))
 
 
 @contextmanager
-def exclusive(out: Path) -> Iterator[None]:
+def exclusive(out: str) -> Iterator[None]:
     """Keeps other processes of this machine from working in the same output folder.
 
     Raises:
         UserError: one does.
     """
-    name = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]
+    place = str(Path(out).resolve()) if storage.is_local(out) else out
+    name = hashlib.sha256(place.encode()).hexdigest()[:16]
     lock = FileLock(Path(tempfile.gettempdir()) / f"manymodes-{name}.lock")
     try:
         lock.acquire(timeout=0)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import functools
+import hashlib
+import json
 from typing import Any
 
 import numpy as np
 import torch
 
+from data import storage
 from data.errors import UserError
+from data.sources import is_spec
 from trainer.checkpoint import load_model
 
 
@@ -25,6 +29,13 @@ class LocalModel:
     def __init__(self, folder: str, batch: int = 1024) -> None:
         self.model, self.document = load_model(folder)
         self.folder, self.data, self.batch = folder, dict[str, Any](self.document["data"]), batch
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the weights, the family and its arguments, and of what samples are put back on: of no place."""
+        weights = storage.sha256(storage.join(self.folder, "weights.safetensors"))
+        facts = [self.document["family"], self.document["arguments"], self.data["shape"], self.data.get("levels")]
+        return hashlib.sha256(json.dumps([weights, *facts], sort_keys=True).encode()).hexdigest()
 
     def require(self, ability: str) -> None:
         """Raises UserError unless the model has the method `ability`."""
@@ -88,9 +99,12 @@ class LocalClassifier(LocalModel):
 
 def model_folder(place: str) -> str | None:
     """The folder of the model that is stored at `place`, or in the run whose --out folder it is."""
-    for folder in (Path(place) / "model", Path(place)):
-        if (folder / "model.json").is_file():
-            return str(folder)
+    if is_spec(place):
+        return None
+    base = storage.check_url(place)
+    for folder in (storage.join(base, "model"), base):
+        if storage.exists(storage.join(folder, "model.json")):
+            return folder
     return None
 
 

@@ -26,7 +26,7 @@ def run_job(
 
     Args:
         recipe: what to do.
-        out: local folder for shards, working files, model, bins, report and summary.
+        out: path or URL of a folder that all nodes reach: shards, working files, model, reference, report, summary.
         ray_address: an existing cluster; None starts one here.
         quiet: no progress bars.
         began: when the process began, by `time.perf_counter`, so that loading libraries is accounted for.
@@ -69,16 +69,18 @@ def _register(recipe: Recipe, trained: Trained, verdict: Verdict) -> Registered:
     logger.metrics({f"eval/{name}": value for name, value in verdict.metrics.items()})
     logger.flush()
     if "bins_fingerprint" in verdict.protocol:  # what later models of this name are judged by
-        tracking.log_folder(trained.uri, trained.run_id, str(trained.folder / "reference"), REFERENCE_ARTIFACT)
-    registered = register_model(
-        str(trained.folder / "model"),
-        name=recipe.model_name,
-        alias=recipe.registry.alias,
-        tracking_uri=trained.uri,
-        run_id=trained.run_id,
-        scores=verdict.metrics,
-        lineage={"recipe": recipe.name, "recipe.fingerprint": recipe.fingerprint(), "data": trained.manifest.name},
-    )
+        with storage.local_copy(storage.join(trained.folder, "reference")) as reference:
+            tracking.log_folder(trained.uri, trained.run_id, str(reference), REFERENCE_ARTIFACT)
+    with storage.local_copy(storage.join(trained.folder, "model")) as model:
+        registered = register_model(
+            str(model),
+            name=recipe.model_name,
+            alias=recipe.registry.alias,
+            tracking_uri=trained.uri,
+            run_id=trained.run_id,
+            scores=verdict.metrics,
+            lineage={"recipe": recipe.name, "recipe.fingerprint": recipe.fingerprint(), "data": trained.manifest.name},
+        )
     job.registered = asdict(registered)
     job.save(trained.folder)
     return registered
@@ -95,7 +97,7 @@ def _write_report(recipe: Recipe, trained: Trained, verdict: Verdict, registered
     timing = ReportTable("Stages", ["stage", "seconds"], seconds)
     sections = verdict.sections() + _training_sections(recipe, trained)
     html = render_report(f"manymodes: {recipe.name}", verdict.table, sections, protocol, timing, verdict.lead)
-    storage.write_text(str(trained.folder / "report.html"), html)
+    storage.write_text(storage.join(trained.folder, "report.html"), html)
 
 
 def _training_sections(recipe: Recipe, trained: Trained) -> list[ReportSection]:
@@ -124,12 +126,13 @@ def _summarise(recipe: Recipe, trained: Trained, registered: Registered, verdict
         "metrics": verdict.metrics,
         "models": verdict.models,
         "seconds": {name: round(value, 2) for name, value in trained.stages.seconds.items()},
-        "report": str(folder / "report.html"),
+        "report": storage.join(folder, "report.html"),
     }
     text = json.dumps(summary, indent=1)
-    tracking.log_artifact_text(uri, str(job.run_id), (folder / "report.html").read_text(), "report.html")
+    html = storage.read_bytes(storage.join(folder, "report.html")).decode()
+    tracking.log_artifact_text(uri, str(job.run_id), html, "report.html")
     tracking.log_artifact_text(uri, str(job.run_id), text, "summary.json")
-    storage.write_text(str(folder / "summary.json"), text)
+    storage.write_text(storage.join(folder, "summary.json"), text)
     job.finished = True
     job.save(folder)
     return {**summary, "table": verdict.table}

@@ -14,14 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from cluster.densities import in_space
 from cluster.models import LocalModel
 from data import storage
 from data.errors import UserError
-from data.manifest import MANIFEST, load_manifest
 from data.partitions import open_partitions
-from data.pixels import dequantise, scale
-from data.sources import is_spec
-from data.stream import read_blocks
 from eval import figures, mixture_figures
 from eval.canvas import is_image
 from eval.likelihood import LogLikelihood, summarise
@@ -48,34 +45,16 @@ def samples_for(model: LocalModel, place: str, *, split: str, seed: int, grey: b
     Raises:
         UserError: nothing usable there, samples of another shape or with another number of levels.
     """
-    levels, shape = model.data["levels"], tuple(model.data["shape"])
-    found = None if is_spec(place) else storage.check_url(place)
-    if found is not None and storage.exists(storage.join(found, MANIFEST)):
-        manifest = load_manifest(found)
-        _check(place, tuple(manifest.shape), shape, manifest.levels, levels)
-        for block in read_blocks(manifest, split, dequantise_seed=None if levels is None else seed):
-            yield Asked(block["x"], block["index"], block.get("label"))
-        return
+    shape = tuple(model.data["shape"])
     side = shape[0] if is_image(shape) and shape[0] == shape[1] else None
     opened = open_partitions(place, split=split, size=side, grey=grey)
+    opened.name = place  # as the user calls it
     done = 0
     for number in range(len(opened)):
         for piece in opened.pieces(number):
-            _check(place, piece.x.shape[1:], shape, opened.levels, levels)
-            noise = [_NOISE, seed, number, piece.start]
-            x = scale(piece.x, opened.levels) if levels is None else dequantise(piece.x, levels, noise)
+            x = in_space(model, opened, piece, seed)
             yield Asked(x, np.arange(done, done + len(x), dtype=np.int64), piece.label)
             done += len(x)
-
-
-def _check(
-    place: str, found: tuple[int, ...], shape: tuple[int, ...], found_levels: int | None, levels: int | None
-) -> None:
-    if found != shape:
-        raise UserError(f"{place}: samples of shape {list(found)}, the model was trained on {list(shape)}")
-    if levels is not None and found_levels != levels:
-        kind = "real numbers" if found_levels is None else f"pixels of {found_levels} levels"
-        raise UserError(f"{place}: {kind}, the model is a density of pixels of {levels} levels: give such images")
 
 
 def score(

@@ -6,9 +6,10 @@ import functools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from cluster.densities import DensityOption, likelihood_scores, log_likelihood
 from cluster.extractors import open_extractor
 from cluster.models import model_folder, open_model
 from cluster.progress import Stages
@@ -17,7 +18,8 @@ from data.errors import UserError
 from data.partitions import Partitions, open_partitions
 from data.sources import is_spec
 from eval.bins import BinSettings
-from eval.comparison import Comparison, bins_table, judge, report_sections, row_sections, scores_table
+from eval.comparison import Comparison, judge_set
+from eval.comparison_report import bins_table, report_sections, row_sections, scores_table
 from eval.drawn import DrawnPartitions
 from eval.evaluate import Rule
 from eval.measure import View, local_pass
@@ -54,23 +56,41 @@ class Taking:
     grey: bool | None = None
     tracking_uri: str | None = None
 
+    def require(self, place: str, shape: tuple[int, ...]) -> None:
+        """Raises UserError where samples are not as asked for: only folders of images and tars are reshaped."""
+        image = len(shape) in (2, 3)
+        channels = None if self.grey is None else 1 if self.grey else 3
+        if self.size is not None and not (image and shape[:2] == (self.size, self.size)):
+            asked = f"--size {self.size}"
+        elif channels is not None and not (image and (*shape, 1)[2] == channels):
+            asked = "--grey" if self.grey else "--rgb"
+        else:
+            return
+        raise UserError(
+            f"{place}: samples of shape {list(shape)} are taken as they are, {asked} shapes images in folders and tars "
+            "alone: name the folder of the images, or pack it with --set size=... and --set grey=..."
+        )
+
 
 def open_set(place: str, taking: Taking) -> Partitions:
     """The samples at a place (see `open_partitions`), or drawn from a model: models:/NAME@ALIAS or a run's folder.
 
     Raises:
-        UserError: nothing usable there.
+        UserError: nothing usable there, or samples that are not of the asked size and colours and cannot be made so.
     """
     if not place.startswith("models:") and model_folder(place) is None:
-        return open_partitions(place, split=taking.split, size=taking.size, grey=taking.grey)
+        found = open_partitions(place, split=taking.split, size=taking.size, grey=taking.grey)
+        taking.require(place, found.shape)
+        return found
     uri = taking.tracking_uri
     model = open_model(place, uri)
     model.require("sample")
+    taking.require(place, tuple(model.data["shape"]))
     return DrawnPartitions(
         functools.partial(_opened, place, uri),
         *(taking.n, taking.seed),
         name=place,
-        identity=f"{model.data['fingerprint']} {place}",
+        identity=model.fingerprint,
         shape=tuple(model.data["shape"]),
         levels=model.data.get("levels"),
     )
@@ -170,7 +190,8 @@ def reference_of(
     if is_reference(place):
         with runner.stages.stage("load reference"):
             reference = Reference.load(storage.check_url(place))
-        if reference.bins[0].centres is not None and reference.space != space:
+        measured = reference.bins[0].centres is not None or reference.summary.settings.names
+        if measured and reference.space != space:
             raise UserError(
                 f"{place}: fitted to {reference.space.name} ({reference.space.fingerprint[:12]}), the samples are seen "
                 f"by {space.name} ({space.fingerprint[:12]}): give the same --features"
@@ -183,7 +204,8 @@ def reference_of(
             space=space,
             labels=options.labels,
         )
-    return reference, partitions
+    seen = _of("reference", runner.view().facts())
+    return replace(reference, facts={**reference.facts, **seen}), partitions
 
 
 def is_reference(place: str) -> bool:
@@ -193,17 +215,33 @@ def is_reference(place: str) -> bool:
     return storage.exists(storage.join(storage.check_url(place), REFERENCE))
 
 
-def held_out_of(place: str, taking: Taking) -> Partitions | None:
-    """The test split of a reference that is a training split; None where it has none."""
-    if taking.split != _TRAIN or is_reference(place) or place.startswith("models:") or model_folder(place):
+def held_out_of(place: str, taking: Taking, whole: Partitions) -> Partitions | None:
+    """The test split of a reference (`whole`) that is a training split; None where it has none."""
+    if taking.split != _TRAIN or isinstance(whole, DrawnPartitions):
         return None
-    whole = open_set(place, taking)
     try:
         found = open_partitions(place, split=_TEST, size=taking.size, grey=taking.grey)
     except UserError:
         return None
     # What has no splits gives the same samples under any name.
-    return None if list(found.keys) == list(whole.keys) else found
+    return None if _shared(found, whole) else found
+
+
+def _shared(a: Partitions, b: Partitions) -> bool:
+    return not set(a.keys).isdisjoint(b.keys)
+
+
+def _no_search(
+    scores: ScoreSettings, samples: Partitions, known: Partitions | None, held_out: Partitions | None
+) -> str | None:
+    """Why no copies are searched for; None where they are."""
+    if "memorisation" not in scores.names:
+        return "not asked for"
+    if known is None:
+        return "the reference's samples are not at hand: give the set that it was fitted to"
+    if held_out is None:
+        return "no held-out data: name it by --held-out"
+    return "the samples are the held-out data" if _shared(samples, held_out) else None
 
 
 def score_sets(
@@ -216,38 +254,48 @@ def score_sets(
     scores: ScoreSettings,
     held_out: Partitions | None = None,
     store: str | None = None,
-    extras: Mapping[str, Any] | None = None,
+    density: DensityOption | None = None,
 ) -> Comparison:
     """Judges sets by a reference, each in one pass (and one more over the reference, where copies are searched).
 
+    With `density` one more pass over each set takes the log-likelihood of its samples.
+
     Raises:
-        UserError: samples that do not fit the reference, or fewer samples than bins.
+        UserError: samples that do not fit the reference, fewer samples than bins, or held-out data that is the
+            reference itself.
     """
-    view = runner.view()
-    classifier = view.classifier or view.features
-    facts = {
-        "pairs_subsample": scores.subsample,
-        "scores_seed": scores.seed,
-        **(extras or {}),
-        **({} if classifier is None else {"classifier": f"{classifier.name}, {classifier.note}".rstrip(", ")}),
-        **({} if classifier is None else {"classifier_fingerprint": classifier.fingerprint}),
-    }
+    if partitions is not None and held_out is not None and _shared(partitions, held_out):
+        raise UserError(f"{held_out.name}: held-out data that is in the reference: name data that nobody trained on")
+    shared = {**reference.facts, **scores.facts(), **runner.view().facts()}
+    shared |= {} if density is None else density.facts()
     rows = []
     for name, samples in sets.items():
+        reason = _no_search(scores, samples, partitions, held_out)
+        facts = {**shared, **_of("samples", samples.facts), "memorisation": reason}
+        if reason is None and held_out is not None:
+            facts |= {"memorisation": "against held-out data", "held_out": held_out.name}
+            facts |= _of("held_out", {"fingerprint": held_out.fingerprint, **held_out.facts})
         with runner.stages.stage(f"score {name}"[:22], unit="samples") as advance:
-            rows.append(
-                judge(
-                    *(samples, runner.over(samples, advance, store), reference),
-                    name=name,
-                    rule=rule,
-                    scores=scores,
-                    over_reference=None if partitions is None else runner.over(partitions, advance),
-                    held_out=None if held_out is None else (held_out, runner.over(held_out, advance)),
-                    stored=store is not None,
-                    extras=facts,
-                )
+            likelihood = None if density is None else log_likelihood(runner, samples, density, advance)
+            row = judge_set(
+                *(samples, runner.over(samples, advance, store), reference),
+                name=name,
+                rule=rule,
+                scores=scores,
+                log_likelihood=likelihood,
+                over_reference=None if partitions is None else runner.over(partitions, advance),
+                held_out=reason if reason or held_out is None else (held_out, runner.over(held_out, advance)),
+                stored=store is not None,
+                extras=facts,
             )
+        if likelihood is not None and density is not None:
+            row = replace(row, scores=[*row.scores, *likelihood_scores(likelihood, density)])
+        rows.append(row)
     return Comparison(reference, rows)
+
+
+def _of(whose: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{whose}_{name}": value for name, value in facts.items()}
 
 
 def comparison_report(comparison: Comparison, seconds: dict[str, float]) -> str:
@@ -265,30 +313,39 @@ def comparison_report(comparison: Comparison, seconds: dict[str, float]) -> str:
     names = ", ".join(row.name for row in rows)
     lead = f"{names} against {result.n_reference:,} samples of {reference.name}."
     timing = ReportTable("Stages", ["stage", "seconds"], [[name, f"{value:.1f}"] for name, value in seconds.items()])
-    protocol = rows[0].evaluation.protocol
-    if len(rows) > 1:  # what is said of one set's samples alone would mislead
-        protocol = {name: value for name, value in protocol.items() if name not in ("n_samples", "samples_fingerprint")}
+    protocols = [row.evaluation.protocol for row in rows]
+    # What is said of one set's samples alone would mislead.
+    protocol = {key: value for key, value in protocols[0].items() if all(p.get(key) == value for p in protocols)}
     return render_report(f"manymodes: {names}", bins_table(comparison), sections, protocol, timing, lead)
 
 
 def saved_table(files: Sequence[str]) -> ReportTable:
-    """NDB and JS of results that `evaluate --json` printed, side by side.
+    """NDB and JS of results that `evaluate` or `compare` printed by --json, side by side: every set of every file.
 
     Raises:
-        UserError: no such results, or scores by different bins.
+        UserError: no such results, or scores by different bins or rules.
     """
-    cells, used = [], {}
+    cells: list[list[Any]] = []
+    bins, rules = {}, {}
     for file in files:
         try:
             found = json.loads(storage.read_bytes(file))
-            found = found[0] if isinstance(found, list) else found
-            used[file] = found["protocol"]["bins_fingerprint"]
-            ndb = f"{found['ndb']} of {found['bins']}"
-            cells.append([found["name"], ndb, f"{found['js']:.4f}", found["n_samples"]])
-        except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise UserError(f"{file}: no result of `evaluate --json`: print it again") from error
-    if len(set(used.values())) > 1:
-        told = ", ".join(f"{file}: {fingerprint[:12]}" for file, fingerprint in used.items())
-        raise UserError(f"these scores were taken by different bins and do not compare ({told}): use one --reference")
-    columns = ["samples", "NDB", "JS (nats)", "n"]
-    return ReportTable("Saved results", columns, cells, f"Bins {next(iter(used.values()))[:12]}.")
+            for row in found if isinstance(found, list) else [found]:
+                called = f"{file}: {row['name']}"
+                bins[called], rules[called] = row["protocol"]["bins_fingerprint"][:12], row["threshold"]
+                (low, high), js = row["intervals"]["ndb_over_k"], row["intervals"]["js"]
+                cells.append([
+                    *(row["name"], f"{row['ndb']} of {row['bins']}", str(row["ndb_holm"]), f"{low:.3f}–{high:.3f}"),
+                    *(f"{row['js']:.4f}", f"{js[0]:.4f}–{js[1]:.4f}", row["n_samples"]),
+                ])  # fmt: skip
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{file}: no result of `evaluate --json` or `compare --json`: print it again") from error
+    for used, what, remedy in ((bins, "bins", "--reference"), (rules, "rules", "--significance or --z-threshold")):
+        if len(set(used.values())) > 1:
+            told = ", ".join(f"{called}: {value}" for called, value in used.items())
+            raise UserError(f"these scores are by different {what} and do not compare ({told}): use one {remedy}")
+    if not cells:
+        raise UserError(f"{', '.join(files)}: no results in there: print them again by `evaluate --json`")
+    columns = ["samples", "NDB", "Holm", "NDB/K, 95 %", "JS (nats)", "95 %", "n"]
+    note = f"Bins {next(iter(bins.values()))}; a bin differs where {next(iter(rules.values()))}."
+    return ReportTable("Saved results", columns, cells, note)

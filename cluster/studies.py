@@ -19,6 +19,7 @@ from data import storage
 from data.errors import UserError
 from data.partitions import Partitions, open_partitions
 from eval.measure import local_pass
+from eval.metrics.manifold import DENSITY_NEIGHBOURS, NEIGHBOURS
 from eval.observed import Digest, Extent, Observed, Sketch
 from eval.planted import MEASURES, Measuring, measure, plant, room
 from eval.power import Power, allowed, power_curves, power_of
@@ -36,7 +37,7 @@ class Plan:
     keep: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75)
     classes: tuple[str, ...] = ()
     splits: int = 20
-    calibration: int = 99
+    calibration: int = 80
     samples: int = 5000
     by_class: str | None = None
     seed: int = 0
@@ -49,7 +50,7 @@ class Plan:
         if self.by_class is not None and self.by_class not in names:
             raise UserError(f"{self.by_class} by class: it is not among the scores taken ({', '.join(names)})")
         if any(MEASURES[name].calibrated for name in names):
-            allowed(self.calibration, self.measuring.level)
+            allowed(self.splits + self.calibration, self.measuring.level)
 
     @property
     def shown(self) -> str:
@@ -80,10 +81,10 @@ class Study:
         note = (
             f"Share of sets that raise an alarm, over {self.plan.splits} splits and {len(self.classes)} classes; ±: "
             "standard error over splits, given the thresholds; of false alarms, where the true rate is the allowed "
-            f"one. Thresholds are fixed by untouched samples of {self.plan.calibration} other splits; Holm and BH "
-            f"alarm by their own p-values. {facts['n_samples']:,} samples against {facts['n_reference']:,}; KID, "
-            "precision, recall, density, coverage and sliced Wasserstein see "
-            f"{facts['n_pairwise']:,} of each."
+            "one. Thresholds for a split are fixed by the untouched samples of all others, of which "
+            f"{self.plan.calibration} serve this alone; Holm and BH alarm by their own p-values. "
+            f"{facts['n_samples']:,} samples against {facts['n_reference']:,}; KID, precision, recall, density, "
+            f"coverage and sliced Wasserstein see {facts['n_pairwise']:,} of each."
         )
         return ReportTable("Power against planted collapse", columns, rows, note)
 
@@ -147,11 +148,12 @@ def run_study(
     """Splits a labelled set again and again, thins a class in one half, and asks every score whether it notices.
 
     Every split is a random half as reference and another as samples, without replacement, with bins and statistics of
-    its own; so untouched samples follow the permutation distribution of each score. Splits of their own fix the
-    thresholds. All sets of all splits have one size, that of the smallest.
+    its own; so untouched samples follow the permutation distribution of each score. The untouched samples of all other
+    splits fix the threshold for each; more splits serve for that alone. All sets of all splits have one size, that of
+    the smallest.
 
     Args:
-        place: see `open_partitions`; it needs labels.
+        place: see `open_partitions`; it needs labels. What has no splits is taken whole.
         plan: of the study.
         taking: how the place is read.
         stages: for progress.
@@ -164,7 +166,8 @@ def run_study(
     if storage.is_local(storage.check_url(out)):
         check_places(*(Path(storage.check_url(out)) / name for name in _FILES))
     view = open_view(features, None, taking.tracking_uri)
-    partitions = open_partitions(place, split=taking.split, size=taking.size, grey=taking.grey)
+    partitions = open_partitions(place, split=taking.split, size=taking.size, grey=taking.grey, whole=True)
+    taking.require(place, partitions.shape)
     with stages.stage("read samples", unit="samples") as advance:
         digest = {} if partitions.fingerprint else {"digest": Digest()}
         over = local_pass(partitions, view, advance)
@@ -231,7 +234,7 @@ def run_study(
         "random_numbers": "numpy.random.default_rng([seed, 0 for calibration or 1, number of the split])",
         "threads": torch.get_num_threads(),
         "pairwise": "first samples of each set; KID: unbiased MMD² of one subset; sliced Wasserstein: p = 2, 500 "
-        "directions; precision, recall, density, coverage: 5 neighbours",
+        f"directions; precision, recall: {NEIGHBOURS} neighbours, density, coverage: {DENSITY_NEIGHBOURS}",
     }
     return Study(plan, classes, powers, kept, protocol)
 

@@ -66,6 +66,7 @@ def run_training(
     resources = {"CPU": scaling.cpus_per_worker}
     if scaling.gpus_per_worker:
         resources["GPU"] = scaling.gpus_per_worker
+    place, filesystem = _checkpoint_store(storage.join(folder, "checkpoints"))
     trainer = TorchTrainer(
         _worker,
         train_loop_config={
@@ -87,7 +88,8 @@ def run_training(
         ),
         run_config=ray.train.RunConfig(
             name=job,
-            storage_path=storage.join(folder, "checkpoints"),
+            storage_path=place,
+            storage_filesystem=filesystem,
             failure_config=ray.train.FailureConfig(max_failures=scaling.max_failures, controller_failure_limit=3),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
             worker_runtime_env={} if scaling.gpus_per_worker else {"env_vars": {"DS_ACCELERATOR": "cpu"}},
@@ -115,6 +117,16 @@ def run_training(
         raise UserError(outcome["user_error"])
     outcome["ray_seconds"] = (outcome.pop("started") - began) + (time.time() - outcome.pop("ended"))
     return outcome
+
+
+def _checkpoint_store(url: str) -> tuple[str, Any]:
+    """What Ray Train takes for a folder: a path, or the file system of a URL and the path in it."""
+    if storage.is_local(url):
+        return url, None
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    filesystem, path = storage.filesystem(url)
+    return path, PyFileSystem(FSSpecHandler(filesystem))
 
 
 def _cause(failures: dict[int, BaseException]) -> Exception:

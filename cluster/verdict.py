@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from eval.report import ReportSection, ReportTable
@@ -30,4 +29,4 @@ class Verdict:
     protocol: dict[str, Any]
     lead: str
     sections: Callable[[], list[ReportSection]]
-    save: Callable[[Path], None] = lambda folder: None
+    save: Callable[[str], None] = lambda folder: None

@@ -18,29 +18,37 @@ from eval.comparison import Row
 from eval.metrics import ndb
 
 _FORMAT = 1
+DEFAULT_LEVEL = 0.001
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """A batch has drifted where more bins are flagged after Holm's correction, or JS is above the limit.
+    """A set has drifted where more than `ndb` bins differ, or JS (nats) is above `js`.
 
-    `js` None takes the 95 % quantile of the JS that two sets of one distribution show at these sizes.
+    Bins differ by Holm's correction at `level` / 2; `js` None is what two sets of one distribution exceed at a rate of
+    `level` / 2. With `ndb` 0 and `js` None a set of the reference's distribution is thus said to have drifted at a
+    rate of `level` at most. The rate is over references too: batches that are held against one share its luck.
     """
 
+    level: float = DEFAULT_LEVEL
     ndb: int = 0
     js: float | None = None
 
 
 def verdict(result: ndb.NDBResult, thresholds: Thresholds) -> dict[str, Any]:
-    """JSON-safe: the corrected NDB and JS, their limits, and whether one is passed."""
-    limit = result.js_floor.quantile if thresholds.js is None else thresholds.js
+    """JSON-safe: the corrected NDB and JS, their limits, the rule in words, and whether a limit is passed."""
+    half = thresholds.level / 2
+    limit = result.js_limit(half) if thresholds.js is None else thresholds.js
+    found, _ = result.corrected(half)
+    chance = f"exceeded by chance at a rate of {half:g}" if thresholds.js is None else "as given"
     return {
-        "ndb": result.ndb,
-        "ndb_holm": result.ndb_holm,
+        "ndb_holm": found,
         "ndb_limit": thresholds.ndb,
         "js": result.js,
         "js_limit": limit,
-        "drift": bool(result.ndb_holm > thresholds.ndb or result.js > limit),
+        "level": thresholds.level,
+        "rule": f"more than {thresholds.ndb} bins by Holm's correction at {half:g}, or JS above its limit ({chance})",
+        "drift": bool(found > thresholds.ndb or result.js > limit),
     }
 
 
@@ -56,12 +64,14 @@ def record(row: Row, thresholds: Thresholds, history: str) -> tuple[dict[str, An
     evaluation = row.evaluation
     result, protocol = evaluation.result, evaluation.protocol
     place = storage.check_url(history)
+    looked = ("space", "space_fingerprint", "classifier", "classifier_fingerprint", "labelled_by")
     entry = {
         "format": _FORMAT,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "samples": row.name,
         "samples_fingerprint": protocol["samples_fingerprint"],
         "bins_fingerprint": protocol["bins_fingerprint"],
+        **{name: protocol[name] for name in looked if name in protocol},
         "n": result.n_samples,
         **verdict(result, thresholds),
         "counts": result.sample_counts.tolist(),
@@ -71,7 +81,7 @@ def record(row: Row, thresholds: Thresholds, history: str) -> tuple[dict[str, An
         entries.append(entry)
         storage.write_text(place, "".join(json.dumps(each) + "\n" for each in entries))
     counts = np.sum([each["counts"] for each in entries], axis=0)
-    together = ndb.score(result.reference_counts, counts, significance=result.level)
+    together = ndb.score(result.reference_counts, counts, significance=thresholds.level)
     return entry, {"batches": len(entries), "n": int(counts.sum()), **verdict(together, thresholds)}
 
 

@@ -6,15 +6,17 @@ their order, are the same to the bit on one worker and on a hundred.
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import json
 import posixpath
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image
@@ -22,15 +24,20 @@ from PIL import Image
 from data import images, storage
 from data.errors import UserError
 from data.foreign import expand_urls, read_webdataset
-from data.manifest import MANIFEST, Manifest, load_manifest
-from data.pixels import scale
+from data.manifest import MANIFEST, Manifest, ShardRecord, check_size, load_manifest
+from data.members import read_member
+from data.pixels import dequantise, scale
 from data.sources import SPECS, Source, SourceOptions, is_spec, open_source
-from data.stream import SplitReader
+from data.stream import EVAL_NOISE
 
 # Stored bytes of a partition, about; and rows of a piece of one.
 _PARTITION_BYTES = 16 << 20
 _PIECE_ROWS = 1024
 _ROW_BITS = 32
+# First word of the key of noise, where it is not that of a pack's blocks.
+_NOISE = 11
+# Where a pack's origin tells who gave the class probabilities in it.
+CLASSIFIED = "probabilities_by"
 
 
 @dataclass(frozen=True)
@@ -42,12 +49,20 @@ class Piece:
         label: [rows] int64, or None.
         start: place of the first row in its partition.
         keys: gives the name of every row, unique in the set.
+        noise: words that key the noise of dequantisation, beside its seed.
+        probabilities: [rows, n_classes] float32 of a classifier, where they are kept with the samples.
     """
 
     x: np.ndarray
     label: np.ndarray | None
     start: int
     keys: Callable[[], list[str]]
+    noise: tuple[int, ...] = (_NOISE,)
+    probabilities: np.ndarray | None = None
+
+    def dequantised(self, levels: int, seed: int) -> np.ndarray:
+        """The samples with noise in [0, 1), see `data.pixels.dequantise`: the same whoever reads them."""
+        return dequantise(self.x, levels, [self.noise[0], seed, *self.noise[1:]])
 
 
 class Partitions(ABC):
@@ -57,18 +72,30 @@ class Partitions(ABC):
         name: of the set, for people.
         levels: number of values of a pixel; None for real numbers.
         scale: how values in [0, 1] are made of the stored ones, in words.
+        shape: of a sample.
         keys: what identifies the content of each partition, as far as it is known without reading.
+        seeds: what the random numbers of each partition's samples are made of: never a path or a time, so that whoever
+            repeats an evaluation elsewhere draws the same subsets.
+        lasting: whether a partition whose content changes gets another key for certain.
+        facts: which of the options decided what is read: for protocols.
         sizes: samples of each partition; None where only reading tells.
         fingerprint: SHA-256 of the content, where it is known without reading; else None.
+        classifier: name and fingerprint of what gave class probabilities that are kept with the samples, and whether
+            its classes are the labels; None where none are kept.
         class_names: name of each label, where known.
     """
 
     name: str
     levels: int | None
     scale: str
+    shape: tuple[int, ...]
     keys: Sequence[str]
+    seeds: Sequence[str]
+    facts: Mapping[str, Any]
     sizes: Sequence[int] | None
+    lasting: bool = True
     fingerprint: str | None = None
+    classifier: tuple[str, str, bool] | None = None
     class_names: Sequence[str] | None = None
 
     @abstractmethod
@@ -86,6 +113,13 @@ class Partitions(ABC):
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def only(self, number: int) -> Partitions:
+        """What a process needs that reads partition `number` alone, under the same number: small, to be sent there."""
+        one = copy.copy(self)
+        one.keys, one.seeds = _one(self.keys, number), _one(self.seeds, number)
+        one.sizes = None if self.sizes is None else _one(self.sizes, number)
+        return one
 
     def first(self, n: int) -> np.ndarray:
         """The first n samples [n, *shape] on the scale of the scores; all of them where there are fewer.
@@ -131,18 +165,37 @@ class Partitions(ABC):
         numbers, below = positions >> _ROW_BITS, positions & ((1 << _ROW_BITS) - 1)
         for number in np.unique(numbers):
             rows = np.unique(below[numbers == number])
-            for piece in self.pieces(int(number)):
+            for piece in self._pieces_with(int(number), rows):
                 inside = rows[(rows >= piece.start) & (rows < piece.start + len(piece.x))]
                 if len(inside):
                     yield position(int(number), inside).tolist(), piece, inside - piece.start
                 if piece.start + len(piece.x) > rows[-1]:
                     break
 
+    def _pieces_with(self, number: int, rows: np.ndarray) -> Iterator[Piece]:
+        """The pieces of a partition that hold some of its rows [n], and perhaps others."""
+        return self.pieces(number)
+
     def _ordered(self, found: dict[int, Any], positions: np.ndarray) -> list[Any]:
         try:
             return [found[place] for place in positions.tolist()]
         except KeyError:
             raise UserError(f"{self.name}: samples changed while they were read: run this again") from None
+
+
+def _one(values: Sequence[Any], number: int) -> Any:
+    """A sequence that has nothing but the item at `number`."""
+    return {number: values[number]}
+
+
+def _told_apart(seeds: Sequence[str]) -> list[str]:
+    """Equal ones, such as those of a shard that comes twice, with how often they came before."""
+    seen: Counter[str] = Counter()
+    found = []
+    for seed in seeds:
+        found.append(f"{seed} {seen[seed]}" if seen[seed] else seed)
+        seen[seed] += 1
+    return found
 
 
 def position(number: int, rows: np.ndarray) -> np.ndarray:
@@ -157,6 +210,7 @@ def open_partitions(
     size: int | None = None,
     crop: images.Box | None = None,
     grey: bool | None = None,
+    whole: bool = False,
 ) -> Partitions:
     """Opens a pack, third-party shards, a folder of images, an array, or a source.
 
@@ -165,12 +219,16 @@ def open_partitions(
             of images, a .npy or .npz file, or a spec of `open_source`.
         split: of a pack or source; what has no splits is taken whole.
         size, crop, grey: for images in folders and third-party shards, as in `SourceOptions`.
+        whole: a source without splits is taken whole too, and not the share of it that a pack would hold out.
 
     Raises:
         UserError: nothing of that kind there, or damaged.
     """
+    # Without a test split a place is one set of samples: nothing is held out.
+    options = SourceOptions(test_fraction=0, size=size, crop=crop, grey=grey, shuffle=False)
     if is_spec(spec):
-        return SourcePartitions(spec, split, SourceOptions(size=size, crop=crop, grey=grey, shuffle=False))
+        held_out = {} if whole else {"test_fraction": SourceOptions().test_fraction}
+        return SourcePartitions(spec, split, options.model_copy(update=held_out))
     url = storage.check_url(spec)
     if url.endswith(".tar"):
         return TarPartitions([spec], size, crop, grey)
@@ -182,8 +240,6 @@ def open_partitions(
     tars = [storage.join(url, name) for name in storage.names(url) if name.endswith(".tar")]
     if kind == "images" and tars:
         return TarPartitions(tars, size, crop, grey)
-    # Without a test split such a place is one set of samples: nothing is held out.
-    options = SourceOptions(test_fraction=0, size=size, crop=crop, grey=grey, shuffle=False)
     return SourcePartitions(f"{kind}:{url}", split, options)
 
 
@@ -194,27 +250,54 @@ class PackPartitions(Partitions):
         self.manifest, self.split = manifest, split
         self.name, self.levels = manifest.name, manifest.levels
         self.scale, self.class_names = _scale(manifest.dtype, manifest.levels), manifest.class_names
-        self.reader = SplitReader(manifest, split)
-        self.ranges: list[tuple[int, int]] = []
+        self.shape, options = manifest.shape, manifest.source.options
+        self.facts = {"split": split, **({"packing": options} if options else {})}
+        by = options.get(CLASSIFIED)
+        if isinstance(by, dict):
+            self.classifier = (str(by.get("name")), str(by.get("fingerprint")), bool(by.get("of_labels")))
+        # Of each partition: its shard, the shard's first block in the split, first member and the one after the last.
+        self.ranges: list[tuple[ShardRecord, int, int, int]] = []
         keys, sizes, first = [], [], 0
         for shard in manifest.split(split).shards:
             runs = max(1, min(len(shard.members), round(shard.bytes / _PARTITION_BYTES)))
             for part in np.array_split(np.arange(len(shard.members)), runs):
                 low, high = int(part[0]), int(part[-1]) + 1
-                self.ranges.append((first + low, first + high))
+                self.ranges.append((shard, first, low, high))
                 keys.append(f"{shard.sha256} {low} {high}")
                 sizes.append(sum(shard.members[i][0] for i in range(low, high)))
             first += len(shard.members)
         self.keys, self.sizes = keys, sizes
+        # A shard keeps its random numbers when others come or go.
+        self.seeds = _told_apart(keys)
         self.fingerprint = hashlib.sha256(f"{manifest.fingerprint} {split}".encode()).hexdigest()
+        self._checked: set[str] = set()
+
+    def only(self, number: int) -> Partitions:
+        one = cast(PackPartitions, super().only(number))
+        one.ranges = _one(self.ranges, number)
+        one.manifest = self.manifest.model_copy(update={"splits": {}})
+        return one
 
     def pieces(self, number: int) -> Iterator[Piece]:
-        start = 0
-        for block in range(*self.ranges[number]):
-            shard, member = self.reader.places[block]
-            found = self.reader.read(block)
-            stem, rows = posixpath.splitext(shard.file)[0], len(found["x"])
-            yield Piece(found["x"], found.get("label"), start, functools.partial(_member_keys, stem, member, rows))
+        return self._members(number, None)
+
+    def _pieces_with(self, number: int, rows: np.ndarray) -> Iterator[Piece]:
+        return self._members(number, rows)
+
+    def _members(self, number: int, wanted: np.ndarray | None) -> Iterator[Piece]:
+        """The members of a partition; with `wanted` only those that hold such rows are read."""
+        shard, first, low, high = self.ranges[number]
+        if shard.file not in self._checked:
+            check_size(self.manifest, shard)
+            self._checked.add(shard.file)
+        stem, start = posixpath.splitext(shard.file)[0], 0
+        for member in range(low, high):
+            rows = shard.members[member][0]
+            if wanted is None or ((wanted >= start) & (wanted < start + rows)).any():
+                found = read_member(self.manifest, shard, member)
+                names = functools.partial(_member_keys, stem, member, rows)
+                noise, told = (EVAL_NOISE, first + member), found.get("probabilities")
+                yield Piece(found["x"], found.get("label"), start, names, noise, told)
             start += rows
 
 
@@ -223,9 +306,11 @@ class SourcePartitions(Partitions):
 
     def __init__(self, spec: str, split: str, options: SourceOptions) -> None:
         source, self.split = _chosen(spec, split, options)
-        self.asked = (spec, split, options.model_dump_json(), source.stamp)
+        self.asked = (spec, self.split, options.model_dump_json(), source.stamp)
         self.source: Source | None = source
-        self.name, self.levels = source.name, source.levels
+        self.name, self.levels, self.shape = source.name, source.levels, source.shape
+        read = options.model_dump(mode="json", include={"size", "crop", "grey", "test_fraction", "seed"})
+        self.facts = {"split": self.split, **read}
         self.scale, self.class_names = _scale(source.dtype, source.levels), source.class_names
         n = len(source.parts[self.split].rows)
         row_bytes = max(1, int(np.prod(source.shape)) * np.dtype(source.dtype).itemsize)
@@ -234,6 +319,12 @@ class SourcePartitions(Partitions):
         self.sizes = [min(n, start + step) - start for start in self.starts]
         identity = hashlib.sha256(json.dumps(self.asked).encode()).hexdigest()
         self.keys = [f"{identity} {start}" for start in self.starts]
+        self.seeds = [f"{self.split} {start} {rows}" for start, rows in zip(self.starts, self.sizes)]
+
+    def only(self, number: int) -> Partitions:
+        one = cast(SourcePartitions, super().only(number))
+        one.starts = _one(self.starts, number)
+        return one
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "source": None}  # what is in memory stays here
@@ -246,24 +337,31 @@ class SourcePartitions(Partitions):
             rows = part.rows[first : first + min(_PIECE_ROWS, sizes[number] - start)]
             x = np.ascontiguousarray(part.take(rows), dtype=source.dtype)
             label = None if part.labels is None else part.labels[rows].astype(np.int64)
-            yield Piece(x, label, start, functools.partial(_source_keys, source, self.split, rows))
+            names = functools.partial(_source_keys, source, self.split, rows)
+            yield Piece(x, label, start, names, (_NOISE, number, start))
 
 
 class MemoryPartitions(Partitions):
     """Samples that are in memory already, on the scale of the scores: x [n, *shape] float32."""
 
+    lasting = False
+
     def __init__(self, x: np.ndarray, *, name: str, scale: str, labels: np.ndarray | None = None) -> None:
         self.x, self.labels, self.name, self.scale, self.levels = x, labels, name, scale, None
+        self.shape, self.facts = x.shape[1:], {}
         self.step = max(1, _PARTITION_BYTES // max(1, x[:1].nbytes))
         starts = range(0, len(x), self.step)
         self.sizes = [min(len(x), start + self.step) - start for start in starts]
-        self.keys = [f"memory {start}" for start in starts]
+        self.keys = self.seeds = [f"memory {start}" for start in starts]
+
+    def only(self, number: int) -> Partitions:
+        return self  # sent once for all partitions, and mapped into the memory of every worker
 
     def pieces(self, number: int) -> Iterator[Piece]:
         rows = slice(number * self.step, (number + 1) * self.step)
         x = np.ascontiguousarray(self.x[rows], np.float32)
         label = None if self.labels is None else self.labels[rows].astype(np.int64)
-        yield Piece(x, label, 0, lambda: [str(rows.start + row) for row in range(len(x))])
+        yield Piece(x, label, 0, lambda: [str(rows.start + row) for row in range(len(x))], (_NOISE, number, 0))
 
 
 class TarPartitions(Partitions):
@@ -280,7 +378,18 @@ class TarPartitions(Partitions):
         self.shape, self.dtype = first.shape, first.dtype
         self.levels = 256 if first.dtype == np.uint8 else None
         self.scale = _scale("uint8" if self.levels else "float32", self.levels)
-        self.keys = [f"{url} {storage.size(url)}" for url in self.urls]
+        self.facts = {"size": size, "crop": crop, "grey": grey}
+        marks = [storage.mark(url) for url in self.urls]
+        # Tars of many sizes are padded to one: the size alone tells nothing.
+        self.lasting = all(mark for _, mark in marks)
+        shaping = json.dumps(self.shaping)
+        self.keys = [f"{url} {n_bytes} {mark} {shaping}" for url, (n_bytes, mark) in zip(self.urls, marks)]
+        self.seeds = _told_apart([f"{posixpath.basename(url)} {n}" for url, (n, _) in zip(self.urls, marks)])
+
+    def only(self, number: int) -> Partitions:
+        one = cast(TarPartitions, super().only(number))
+        one.urls = _one(self.urls, number)
+        return one
 
     def pieces(self, number: int) -> Iterator[Piece]:
         waiting: list[dict[str, Any]] = []
@@ -294,12 +403,12 @@ class TarPartitions(Partitions):
                 )
             waiting.append({**sample, "x": x})
             if len(waiting) == _PIECE_ROWS:
-                yield self._piece(waiting, start)
+                yield self._piece(waiting, number, start)
                 start, waiting = start + len(waiting), []
         if waiting:
-            yield self._piece(waiting, start)
+            yield self._piece(waiting, number, start)
 
-    def _piece(self, samples: list[dict[str, Any]], start: int) -> Piece:
+    def _piece(self, samples: list[dict[str, Any]], number: int, start: int) -> Piece:
         x = np.stack([sample["x"] for sample in samples])
         if x.dtype != np.uint8:
             with np.errstate(over="ignore"):  # what becomes infinite is refused
@@ -310,7 +419,7 @@ class TarPartitions(Partitions):
         label = np.array(known, dtype=np.int64) if len(known) == len(samples) else None
         stem = posixpath.splitext(posixpath.basename(samples[0]["url"]))[0]
         names = [f"{stem}/{sample['key']}" for sample in samples]
-        return Piece(x, label, start, names.copy)
+        return Piece(x, label, start, names.copy, (_NOISE, number, start))
 
     def _shaped(self, sample: dict[str, Any]) -> np.ndarray:
         x: np.ndarray = sample["x"]

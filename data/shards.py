@@ -9,7 +9,7 @@ import json
 import math
 import posixpath
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import IO
 
 import numpy as np
@@ -107,7 +107,7 @@ def pack(
     dest = storage.check_url(dest)
     old = load_manifest(dest) if storage.exists(storage.join(dest, MANIFEST)) else None
     old_files = [shard.file for record in old.splits.values() for shard in record.shards] if old else []
-    _clear_journal(dest, set(old_files))
+    clear_killed(dest, set(old_files))
     row_bytes = math.prod(source.shape) * np.dtype(source.dtype).itemsize
     rows = {
         split: block_rows(source.shape, source.dtype, rows_per_block, n) for split, n in source.splits.items()
@@ -115,8 +115,7 @@ def pack(
     per_shard = {split: max(1, shard_bytes // (rows[split] * row_bytes)) for split in rows}
     plan = _free_names(dest, {split: -(-n // (rows[split] * per_shard[split])) for split, n in source.splits.items()})
     new_files = [name for files in plan.values() for name in files]
-    storage.write_text(storage.join(dest, _JOURNAL), json.dumps(new_files + old_files))
-    try:
+    with packing(dest, new_files, old_files):
         splits: dict[str, SplitRecord] = {}
         total = sum(source.splits.values())
         for split, files in plan.items():
@@ -136,15 +135,25 @@ def pack(
             source=Origin(spec=source.spec, options=source.options, stamp=source.stamp),
             splits=splits,
         )
-        manifest = save_manifest(manifest, dest)
+        return save_manifest(manifest, dest)
+
+
+@contextlib.contextmanager
+def packing(dest: str, new: Sequence[str], old: Sequence[str] = ()) -> Iterator[None]:
+    """Files are written into a pack: `new` ones are removed where that fails, `old` ones where it is done.
+
+    What a killed process leaves is removed by `clear_killed`.
+    """
+    storage.write_text(storage.join(dest, _JOURNAL), json.dumps([*new, *old]))
+    try:
+        yield
     except BaseException:
-        for name in [*new_files, _JOURNAL]:
+        for name in [*new, _JOURNAL]:
             with contextlib.suppress(Exception):
                 storage.remove(storage.join(dest, name))
         raise
-    for name in [*old_files, _JOURNAL]:
+    for name in [*old, _JOURNAL]:
         storage.remove(storage.join(dest, name))
-    return manifest
 
 
 def _counted(
@@ -169,7 +178,7 @@ def _free_names(dest: str, n_shards: dict[str, int]) -> dict[str, list[str]]:
         tag = f"-{attempt}"
 
 
-def _clear_journal(dest: str, kept: set[str]) -> None:
+def clear_killed(dest: str, kept: set[str]) -> None:
     """Removes what a killed pack left behind, except the files of the manifest in force."""
     present = storage.names(dest)
     if _JOURNAL not in present:

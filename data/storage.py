@@ -7,6 +7,7 @@ import hashlib
 import os
 import posixpath
 import re
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -185,7 +186,11 @@ def write_text(url: str, text: str) -> None:
 def exists(url: str) -> bool:
     """Whether a file or folder is there."""
     fs, path = filesystem(url)
-    return bool(fs.exists(path))
+    try:
+        fs.invalidate_cache(posixpath.dirname(path.rstrip("/")))
+        return bool(fs.exists(path))
+    except OSError as error:
+        raise io_error(error, url, "look for") from error
 
 
 def names(url: str) -> list[str]:
@@ -210,6 +215,23 @@ def size(url: str) -> int:
         raise io_error(error, url, "read") from error
 
 
+# What stores say of a file's content, the surest first.
+_MARKS = ("md5Hash", "content_md5", "Content-MD5", "checksum", "ETag", "etag", "generation")
+_TIMES = ("mtime", "LastModified", "last_modified", "updated", "created")
+
+
+def mark(url: str) -> tuple[int, str | None]:
+    """Bytes of a file, and its checksum, ETag or time of change; None where the store tells none of them."""
+    fs, path = filesystem(url)
+    try:
+        found = fs.info(path)
+        n_bytes = found.get("size")
+        known = next((f"{name} {found[name]}" for name in (*_MARKS, *_TIMES) if found.get(name)), None)
+        return int(fs.size(path) if n_bytes is None else n_bytes), known
+    except OSError as error:
+        raise io_error(error, url, "read") from error
+
+
 def sha256(url: str) -> str:
     """SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
@@ -224,6 +246,21 @@ def remove(url: str) -> None:
     fs, path = filesystem(url)
     with contextlib.suppress(FileNotFoundError):
         fs.rm(path, recursive=True)
+
+
+@contextlib.contextmanager
+def local_copy(url: str) -> Iterator[Path]:
+    """A folder as one on this machine: itself, or a temporary copy of what a URL holds."""
+    if is_local(url):
+        yield Path(url)
+        return
+    fs, path = filesystem(url)
+    with tempfile.TemporaryDirectory() as place:
+        try:
+            fs.get(path.rstrip("/") + "/", place, recursive=True)
+        except OSError as error:
+            raise io_error(error, url, "read") from error
+        yield Path(place)
 
 
 def local_folder(url: str) -> Path:

@@ -17,7 +17,7 @@ from data.members import Block, join, read_member
 from data.pixels import dequantise, scale
 
 # First word of every random key, so that no two uses draw the same numbers.
-_ORDER, _SHUFFLE, _TRAIN_NOISE, _EVAL_NOISE, _AUGMENT = 1, 2, 3, 4, 5
+_ORDER, _SHUFFLE, _TRAIN_NOISE, EVAL_NOISE, _AUGMENT = 1, 2, 3, 4, 5
 
 
 class SplitReader:
@@ -246,7 +246,7 @@ def read_blocks(
     for number in range(rank, len(reader), world_size):
         block = reader.read(number)
         if dequantise_seed is not None and manifest.levels is not None and not raw:
-            block["x"] = dequantise(block["x"], manifest.levels, [_EVAL_NOISE, dequantise_seed, number])
+            block["x"] = dequantise(block["x"], manifest.levels, [EVAL_NOISE, dequantise_seed, number])
         elif not raw:
             block["x"] = scale(block["x"], manifest.levels)
         block["index"] = np.arange(reader.starts[number], reader.starts[number + 1], dtype=np.int64)

@@ -1,7 +1,7 @@
 """Bins and scores of samples that are arrays in memory: the whole evaluation from a Python prompt.
 
 >>> bins = bins_of(real_images, BinSettings(n_bins=100))
->>> evaluation = judge(bins, generated_images, name="my GAN")
+>>> evaluation = judge_array(bins, generated_images, name="my GAN")
 >>> evaluation.result.ndb
 """
 
@@ -30,7 +30,7 @@ def bins_of(x: np.ndarray, settings: BinSettings, *, name: str = "reference", fi
     return fit_bins(local_pass(partitions), [settings], name=name, fingerprint=fingerprint, n=len(x)).bins[0]
 
 
-def judge(
+def judge_array(
     bins: Bins,
     x: np.ndarray,
     *,

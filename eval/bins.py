@@ -5,12 +5,13 @@ Source: E. Richardson and Y. Weiss, "On GANs and GMMs", NeurIPS 2018, supplement
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
 
 import numpy as np
@@ -23,12 +24,14 @@ from scipy import sparse
 from data import kmeans, storage
 from data.errors import UserError
 from data.limits import MAX_SEED
-from eval.observed import Digest, Extent, Observed, Pass, Sketch, Spread, moved
+from eval.canvas import is_image
+from eval.observed import MAX_CLASSES, Digest, Extent, Observed, Pass, Sketch, Space, Spread, moved
 
-PIXELS = "pixels"
-# Pictures of members that travel with the bins: no more than these bytes, and no more of a bin than these.
+# Pictures of members that travel with the bins: no more than these bytes, and no more of a bin than these. Each may
+# cost a request to a store: no more than so many in all.
 _PICTURED_BYTES = 64 << 20
 MEMBERS = 8
+PICTURED = 1000
 # Rows are handled in blocks of about this many bytes: memory stays flat, and float32 sums stay short (see CentreSums).
 _BLOCK_BYTES = 32 << 20
 
@@ -49,21 +52,14 @@ class BinSettings(BaseModel):
 
 
 @dataclass(frozen=True)
-class Space:
-    """Where distances are measured: the samples' own values, or the features of an extractor, named by its content."""
-
-    name: str = PIXELS
-    fingerprint: str = PIXELS
-
-
-@dataclass(frozen=True)
 class Bins:
     """K bins over samples of one shape, largest first.
 
     `centres` `[K, d]` float32 are means in the full dimension and in the reference's own units; `dimensions` `[m]`
     are the features that distances are measured in; `std` `[d]` is what they are divided by first, or None;
     `counts` `[K]` are the reference's (empty bins are kept). A sample belongs to the nearest centre. Where the bins
-    are given labels, `centres` is None and a sample belongs to the bin of its label.
+    are classes, `centres` is None and a sample belongs to the bin of its label, given with it or said by a classifier:
+    `labelled_by` tells.
 
     `members` `[K, m]` are positions in the reference of some members of every bin (-1: none), `pictures`
     `[K, m, *shape]` the same members themselves, where they are kept.
@@ -83,6 +79,7 @@ class Bins:
     space: Space = field(default_factory=Space)
     members: np.ndarray | None = None
     pictures: np.ndarray | None = None
+    labelled_by: Space | None = None
 
     @property
     def n_reference(self) -> int:
@@ -101,8 +98,8 @@ class Bins:
         """The bin `[n]` int64 of every sample and its squared distance to the centre (None for given labels).
 
         Raises:
-            UserError: another shape than the reference's, values that are not finite, or no labels where bins are
-                labels.
+            UserError: another shape than the reference's, values that are not finite, or, where bins are classes, no
+                labels or other ones.
         """
         if seen.x.shape[1:] != self.shape:
             raise UserError(
@@ -110,7 +107,7 @@ class Bins:
                 "bring the samples to the reference's shape"
             )
         if self.centres is None:
-            return _labels(seen, len(self.counts)), None
+            return _labels(seen, len(self.counts), self.labelled_by), None
         if seen.features.shape[1] != self.centres.shape[1]:
             raise UserError(
                 f"the bins are of {self.centres.shape[1]} features ({self.space.name}), the samples have "
@@ -164,6 +161,7 @@ class Bins:
                 space=Space(**facts["space"]),
                 members=kept.get("members"),
                 pictures=kept.get("pictures"),
+                labelled_by=Space(**facts["labelled_by"]) if "labelled_by" in facts else None,
             )
             intact = bins.fingerprint == facts["fingerprint"]
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, SafetensorError) as error:
@@ -185,7 +183,8 @@ class Bins:
             "clustered": self.clustered,
             "reference_name": self.reference_name,
             "reference_fingerprint": self.reference_fingerprint,
-            "space": {"name": self.space.name, "fingerprint": self.space.fingerprint},
+            "space": asdict(self.space),
+            **({} if self.labelled_by is None else {"labelled_by": asdict(self.labelled_by)}),
         }
 
 
@@ -278,7 +277,7 @@ def label_bins(
     """Bins that are the reference's classes: given labels, or what a classifier says. Arguments as in `fit_bins`.
 
     Raises:
-        UserError: the reference has no labels, negative ones, or fewer than two classes.
+        UserError: the reference has no labels, is labelled in part, or has fewer than two classes.
     """
     look, facts = _look(over, name, fingerprint, space, {"classes": Classes(), **(also or {})})
     n_classes = look["classes"].n
@@ -291,6 +290,7 @@ def label_bins(
         counts=np.zeros(n_classes, np.int64),
         settings=settings.model_copy(update={"n_bins": n_classes}),
         clustered=0,
+        labelled_by=look["classes"].labelled_by,
         **facts,
     )
     return Fitted(_counted(over, [draft]), look)
@@ -301,15 +301,19 @@ class Classes:
 
     def __init__(self) -> None:
         self.n = 0
+        self.labelled_by: Space | None = None
 
     def observe(self, seen: Observed) -> None:
         if seen.probabilities is not None:
-            self.n = seen.probabilities.shape[1]
+            self.n, self.labelled_by = seen.probabilities.shape[1], seen.labelled_by
         elif seen.labels is not None:
-            self.n = max(self.n, int(seen.labels.max()) + 1)
+            largest = int(seen.labels.max())
+            if largest >= MAX_CLASSES:
+                raise UserError(f"label {largest}: classes are numbered from 0, below {MAX_CLASSES:,}")
+            self.n, self.labelled_by = max(self.n, largest + 1), seen.labelled_by
 
     def merge(self, other: Self) -> None:
-        self.n = max(self.n, other.n)
+        self.n, self.labelled_by = max(self.n, other.n), self.labelled_by or other.labelled_by
 
 
 def _look(
@@ -342,51 +346,81 @@ def _counted(over: Pass, drafts: Sequence[Bins]) -> list[Bins]:
 
 
 def pictured(shape: tuple[int, ...], n_bins: int) -> int:
-    """Members of each bin whose pictures are worth keeping with the bins."""
-    return min(MEMBERS, _PICTURED_BYTES // max(1, n_bins * math.prod(shape) * 4))
+    """Members of each bin whose pictures are worth keeping with the bins: none where samples are no images."""
+    if not is_image(shape):
+        return 0
+    return min(MEMBERS, max(1, PICTURED // n_bins), _PICTURED_BYTES // max(1, n_bins * math.prod(shape) * 4))
 
 
 class CentreSums:
     """Sums of the features of the samples nearest to each starting centre, in float64."""
 
     def __init__(self, start: np.ndarray, dimensions: np.ndarray, std: np.ndarray | None) -> None:
-        self.start, self.dimensions, self.std = start, dimensions, std
-        self.sums = np.zeros(start.shape)
+        self.start: np.ndarray | None = start
+        self.dimensions, self.std = dimensions, std
         self.counts = np.zeros(len(start), np.int64)
+        # Only of the centres that were hit: a partition holds far fewer values than K centres may have.
+        self.rows = np.zeros(0, np.int64)
+        self.sums = np.zeros((0, start.shape[1]))
 
     def observe(self, seen: Observed) -> None:
         # One sparse product per block: summed in float32 within a block and in float64 between blocks.
+        start = self._known()
         for rows in _blocks(seen.features):
-            members, _ = _assign(seen.features[rows], self.start, self.dimensions, self.std)
-            entries = (np.ones(len(members), np.float32), (members, np.arange(len(members))))
-            self.sums += sparse.csr_array(entries, shape=(len(self.start), len(members))) @ seen.features[rows]
-            self.counts += np.bincount(members, minlength=len(self.start))
+            members, _ = _assign(seen.features[rows], start, self.dimensions, self.std)
+            hit, places = np.unique(members, return_inverse=True)
+            entries = (np.ones(len(members), np.float32), (places, np.arange(len(members))))
+            self._add(hit, sparse.csr_array(entries, shape=(len(hit), len(members))) @ seen.features[rows])
+            self.counts += np.bincount(members, minlength=len(self.counts))
 
     def merge(self, other: Self) -> None:
-        self.sums += other.sums
+        self._add(other.rows, other.sums)
         self.counts += other.counts
+
+    def found(self) -> CentreSums:
+        """Without the starting centres."""
+        light = copy.copy(self)
+        light.start = None
+        return light
 
     def means(self) -> np.ndarray:
         """`[K, d]` float32; the start where a centre has no samples."""
-        counts = self.counts[:, None]
-        return np.where(counts > 0, self.sums / np.maximum(counts, 1), self.start).astype(np.float32)
+        means = self._known().astype(np.float32)
+        means[self.rows] = self.sums / self.counts[self.rows, None]
+        return means
+
+    def _known(self) -> np.ndarray:
+        if self.start is None:
+            raise ValueError("the starting centres are not at hand")
+        return self.start
+
+    def _add(self, rows: np.ndarray, sums: np.ndarray) -> None:
+        every = np.union1d(self.rows, rows)
+        if len(every) > len(self.rows):
+            grown = np.zeros((len(every), sums.shape[1]))
+            grown[np.searchsorted(every, self.rows)] = self.sums
+            self.rows, self.sums = every, grown
+        self.sums[np.searchsorted(every, rows)] += sums
+
+    def __deepcopy__(self, memo: Any) -> CentreSums:
+        """Shares the starting centres, which nobody writes to."""
+        other = copy.copy(self)
+        other.counts, other.rows, other.sums = self.counts.copy(), self.rows.copy(), self.sums.copy()
+        return other
 
 
 class BinCounts:
     """Samples per bin, and a few of each: those with the smallest random numbers."""
 
     def __init__(self, bins: Bins) -> None:
-        self.bins = bins.without_pictures()
+        self.bins: Bins | None = bins.without_pictures()
         n_bins = len(bins.counts)
         self.counts = np.zeros(n_bins, np.int64)
-        self.distance = 0.0
         self._limit = np.full(n_bins, np.iinfo(np.uint64).max, np.uint64)
         self._kept = (np.zeros(0, np.int64), np.zeros(0, np.uint64), np.zeros(0, np.int64))
 
     def observe(self, seen: Observed) -> None:
-        labels, distances = self.bins.assign(seen)
-        if distances is not None:
-            self.distance += float(distances.sum(dtype=np.float64))
+        labels, _ = self._known().assign(seen)
         self.counts += np.bincount(labels, minlength=len(self.counts))
         rows = seen.ids < self._limit[labels]
         if rows.any():
@@ -394,8 +428,24 @@ class BinCounts:
 
     def merge(self, other: Self) -> None:
         self.counts += other.counts
-        self.distance += other.distance
         self._keep(*other._kept)
+
+    def found(self) -> BinCounts:
+        """Without the bins."""
+        light = copy.copy(self)
+        light.bins = None
+        return light
+
+    def _known(self) -> Bins:
+        if self.bins is None:
+            raise ValueError("the bins are not at hand")
+        return self.bins
+
+    def __deepcopy__(self, memo: Any) -> BinCounts:
+        """Shares the bins, which nobody writes to."""
+        other = copy.copy(self)
+        other.counts, other._limit = self.counts.copy(), self._limit.copy()
+        return other
 
     def members(self) -> np.ndarray:
         """Positions `[K, MEMBERS]` int64 of some members of every bin, -1 where there are fewer."""
@@ -417,28 +467,36 @@ class BinCounts:
 
     def arrays(self) -> dict[str, np.ndarray]:
         labels, ids, positions = self._kept
-        kept = {"labels": labels, "ids": ids, "positions": positions}
-        return {**kept, "counts": self.counts, "distance": np.array([self.distance])}
+        return {"labels": labels, "ids": ids, "positions": positions, "counts": self.counts}
 
     def identity(self) -> str:
         """What else it depends on."""
-        return f"counts {self.bins.fingerprint}"
+        return f"counts {self._known().fingerprint}"
 
     def restored(self, arrays: Mapping[str, np.ndarray], number: int) -> BinCounts:
         """Of that state, of the partition that is number `number` now."""
-        found = BinCounts(self.bins)
-        found.counts, found.distance = arrays["counts"].copy(), float(arrays["distance"][0])
+        found = BinCounts(self._known())
+        found.counts = arrays["counts"].copy()
         found._keep(arrays["labels"], arrays["ids"], moved(arrays["positions"], number))
         return found
 
 
-def _labels(seen: Observed, n_bins: int) -> np.ndarray:
+def _labels(seen: Observed, n_bins: int, labelled_by: Space | None) -> np.ndarray:
+    own = seen.labelled_by
+    if labelled_by and own and own.fingerprint != labelled_by.fingerprint:
+        raise UserError(
+            f"the bins are classes labelled by {labelled_by.name} ({labelled_by.fingerprint[:12]}), the samples by "
+            f"{own.name} ({own.fingerprint[:12]}): take the labels that the bins were made of"
+        )
     if seen.probabilities is not None:
         labels = seen.probabilities.argmax(axis=1)
     elif seen.labels is not None:
         labels = seen.labels
     else:
         raise UserError("the bins are classes, but the samples have no labels: name a --classifier that tells them")
+    missing = int(np.count_nonzero(labels < 0))
+    if missing:
+        raise UserError(f"{missing:,} of {len(labels):,} samples have no label: label all, or take --bins NUMBER")
     if len(labels) and not 0 <= labels.min() <= labels.max() < n_bins:
         raise UserError(f"labels from {labels.min()} to {labels.max()} for {n_bins} classes: number them from 0")
     return labels.astype(np.int64)

@@ -49,6 +49,7 @@ class Extractor:
         fingerprint: SHA-256 of the file that decides it; "pixels" for pixels.
         n_features: d; None until the first call where the file does not tell.
         preprocessing: what is done to images before the network sees them, in words.
+        of_labels: whether its classes are the labels of the data, by their numbers.
         note: what else a reader of its scores should know, such as a classifier's test accuracy.
     """
 
@@ -64,6 +65,7 @@ class Extractor:
         unit_range: bool = True,
         most: int = _MOST,
         note: str = "",
+        of_labels: bool = False,
     ) -> None:
         """
         Args:
@@ -74,6 +76,7 @@ class Extractor:
         """
         self.name, self.spec, self.fingerprint = name, spec, fingerprint
         self.n_features, self.preprocessing, self.note = n_features, preprocessing, note
+        self.of_labels = of_labels
         self._function, self._unit_range, self._most = function, unit_range, most
 
     def __call__(self, x: np.ndarray) -> Features:

@@ -10,8 +10,9 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from eval import canvas
-from eval.bins import PIXELS, Bins
+from eval.bins import Bins
 from eval.metrics.ndb import NDBResult
+from eval.observed import PIXELS
 
 # Members [m, *shape] of each of the bins that are asked for.
 Members = Callable[[np.ndarray], Sequence[np.ndarray]]

@@ -49,5 +49,21 @@ def summarise(log_probs: np.ndarray, *, n_dimensions: int | None = None, levels:
     if broken:
         raise UserError(f"{broken} of {values.size} log-likelihoods are not finite: check data and training")
     mean = float(values.mean())
+    squares = float(np.square(values - mean).sum())
+    return of_moments(values.size, mean, squares, n_dimensions=n_dimensions, levels=levels)
+
+
+def of_moments(
+    n: int, mean: float, squares: float, *, n_dimensions: int | None = None, levels: int = 256
+) -> LogLikelihood:
+    """`summarise` of n values by their mean and the sum of their squared deviations from it.
+
+    Raises:
+        UserError: fewer than two values, or values that are not finite.
+    """
+    if n < 2:
+        raise UserError(f"a standard error needs at least 2 log-likelihoods, got {n}: evaluate more")
+    if not (math.isfinite(mean) and math.isfinite(squares)):
+        raise UserError("some log-likelihoods are not finite: check data and training")
     bits = None if n_dimensions is None else -mean / (n_dimensions * math.log(2)) + math.log2(levels)
-    return LogLikelihood(mean, float(values.std(ddof=1) / math.sqrt(values.size)), int(values.size), bits)
+    return LogLikelihood(mean, math.sqrt(squares / (n - 1) / n), int(n), bits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from collections.abc import Callable, Mapping
@@ -14,6 +15,37 @@ from data import kmeans
 from data.errors import UserError
 from data.limits import MAX_MAGNITUDE
 from data.partitions import position
+from eval.metrics.hashing import GOLDEN, splitmix64
+
+PIXELS = "pixels"
+# Labels beyond are no classes but numbers of something else.
+MAX_CLASSES = 1_000_000
+
+
+@dataclass(frozen=True, eq=False)
+class Space:
+    """Where distances are measured: the samples' own values, or the features of an extractor, named by its content."""
+
+    name: str = PIXELS
+    fingerprint: str = PIXELS
+
+    def __eq__(self, other: object) -> bool:
+        """Whether features are the same numbers, whatever their file is called.
+
+        The kind counts, as one file may be read in several ways, and a module's function.
+        """
+        return isinstance(other, Space) and self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
+
+    def _identity(self) -> tuple[str, str, str]:
+        kind, _, rest = self.name.partition(":")
+        return self.fingerprint, kind, rest.rpartition(":")[2] if kind == "module" else ""
+
+
+# Who labelled samples that bring their labels.
+GIVEN = Space("given", "given")
 
 
 @dataclass(frozen=True)
@@ -26,8 +58,10 @@ class Observed:
             them.
         ids: [n] uint64, random numbers that belong to the samples: the same whoever reads them.
         positions: [n] int64, ordered as the set is (see `data.partitions.position`).
-        labels: [n] int64, or None.
+        labels: [n] int64, negative where there is none; or None.
         probabilities: [n, n_classes] float32 of a classifier, or None.
+        labelled_by: whose classes count: the classifier's where there are probabilities, else `GIVEN`; None: untold.
+        of_labels: whether the classifier's classes are the labels.
     """
 
     x: np.ndarray
@@ -36,10 +70,20 @@ class Observed:
     positions: np.ndarray
     labels: np.ndarray | None = None
     probabilities: np.ndarray | None = None
+    labelled_by: Space | None = None
+    of_labels: bool = False
 
 
 class Observer(Protocol):
-    """What a pass over a set fills: it takes what it needs of a block by itself, and merges with its like."""
+    """What a pass over a set fills: it takes what it needs of a block by itself, and merges with its like.
+
+    What it holds is a pure function of the samples that it has seen (up to rounding), whatever the blocks, their order
+    and how many workers shared them. Where its state may be kept (see `eval.stored`) an observer also has
+
+        identity() -> str: what its state depends on beside the samples;
+        arrays() -> dict[str, np.ndarray]: the whole state, of one partition;
+        restored(arrays, number) -> Self: of that state, of the partition that is number `number` now.
+    """
 
     def observe(self, seen: Observed) -> None:
         """Takes in one block."""
@@ -62,21 +106,11 @@ _SKETCHED_BYTES = 1 << 30
 Pass = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 
-def sample_ids(key: str, n: int, start: int = 0) -> np.ndarray:
-    """Random numbers [n] uint64 for samples start, start + 1, ... of the partition that `key` identifies.
-
-    SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) over the samples' places.
-    """
-    seed = np.uint64(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little"))
+def sample_ids(seed: str, n: int, start: int = 0) -> np.ndarray:
+    """Random numbers [n] uint64 for samples start, start + 1, ... of the partition that has this seed."""
+    first = np.uint64(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "little"))
     with np.errstate(over="ignore"):
-        return _mixed(seed + np.arange(start + 1, start + n + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
-
-
-def _mixed(z: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+        return splitmix64(first + np.arange(start, start + n, dtype=np.uint64) * GOLDEN)
 
 
 class Digest:
@@ -224,7 +258,7 @@ class Sketch:
             # In the whole set, six standard deviations more than the capacity lie below.
             share = 1.0 if self.n is None else min(1.0, (m + 6 * math.sqrt(m) + 36) / max(1, self.n))
             self.capacity, self.threshold = m, np.uint64(min(2**64 - 1, int(share * 2**64)))
-        numbers = _mixed(seen.ids + np.uint64(self.seed)) if self.seed else seen.ids
+        numbers = splitmix64(seen.ids + np.uint64(self.seed)) if self.seed else seen.ids
         rows = numbers <= self.threshold
         if rows.any():
             self._add(numbers[rows], seen.positions[rows], seen.features[rows])
@@ -256,7 +290,7 @@ class Sketch:
 
     def identity(self) -> str:
         """What else it depends on."""
-        return f"sketch {self.capacity} {self.n} {self.seed}"
+        return f"subset {self.capacity} {self.n} {self.seed}"
 
     def restored(self, arrays: Mapping[str, np.ndarray], number: int) -> Sketch:
         """Of that state, of the partition that is number `number` now."""
@@ -313,6 +347,12 @@ class Nearest:
 
     def merge(self, other: Self) -> None:
         self._take(other.distances, other.positions)
+
+    def found(self) -> Nearest:
+        """Without the queries."""
+        light = copy.copy(self)
+        light.queries = self.queries[:0]
+        return light
 
     def _take(self, distances: np.ndarray, positions: np.ndarray) -> None:
         nearer = distances < self.distances

@@ -17,7 +17,7 @@ from data.limits import MAX_SEED
 from eval.arrays import bins_of, labels_of
 from eval.bins import BinSettings
 from eval.metrics import ndb
-from eval.metrics.manifold import DEFAULT_NEIGHBOURS
+from eval.metrics.manifold import DENSITY_NEIGHBOURS, NEIGHBOURS
 from eval.metrics.moments import MAX_FEATURES, Moments
 
 _PROJECTIONS = 500
@@ -117,7 +117,7 @@ def measure(
     """
     wanted, sizes = set(how.names), masks.sum(axis=1)
     size = min(how.subsample, len(reference), int(sizes.min()))
-    if size < 2 * DEFAULT_NEIGHBOURS:
+    if size < 2 * DENSITY_NEIGHBOURS:
         raise UserError(f"{size} samples are too few for scores of pairs: give a larger set, or larger classes")
     found: dict[str, np.ndarray] = {}
     if wanted & _BINNED:
@@ -208,7 +208,7 @@ def _cube(x: np.ndarray) -> np.ndarray:
 
 def _manifold(aa: np.ndarray, ab: np.ndarray, bb: np.ndarray, masks: np.ndarray) -> dict[str, np.ndarray]:
     """`manifold_scores` from the inner products of all pairs."""
-    k = DEFAULT_NEIGHBOURS
+    k = NEIGHBOURS
     a, b = np.diag(aa), np.diag(bb)
     within_a, between, within_b = (
         np.maximum(left[:, None] + right - 2 * products, 0)
@@ -216,7 +216,8 @@ def _manifold(aa: np.ndarray, ab: np.ndarray, bb: np.ndarray, masks: np.ndarray)
     )
     np.fill_diagonal(within_a, np.inf)
     np.fill_diagonal(within_b, np.inf)
-    inside = between <= np.partition(within_a, k - 1, axis=1)[:, k - 1 : k]
+    balls_a = np.partition(within_a, (k - 1, DENSITY_NEIGHBOURS - 1), axis=1)
+    precise, inside = (between <= balls_a[:, n - 1 : n] for n in (k, DENSITY_NEIGHBOURS))
     weights, m = masks.astype(np.float64), masks.sum(axis=1)
     around = inside.sum(axis=0).astype(np.float64)
     near = np.argpartition(within_b, min(_SORTED_NEIGHBOURS, len(b) - 1), axis=1)[:, :_SORTED_NEIGHBOURS]
@@ -231,9 +232,9 @@ def _manifold(aa: np.ndarray, ab: np.ndarray, bb: np.ndarray, masks: np.ndarray)
         balls[rest] = np.partition(np.where(mask, within_b[rest], np.inf), k - 1, axis=1)[:, k - 1]
         recalled.append((between <= np.where(mask, balls, -1.0)).any(axis=1).mean())
     return {
-        "precision": weights @ (around > 0) / m,
+        "precision": weights @ precise.any(axis=0) / m,
         "recall": np.array(recalled),
-        "density": weights @ around / m / k,
+        "density": weights @ around / m / DENSITY_NEIGHBOURS,
         "coverage": (inside.astype(np.float32) @ masks.T.astype(np.float32) > 0).mean(axis=0),
     }
 

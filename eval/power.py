@@ -24,10 +24,10 @@ class Power:
             independent, so the splits' means are what is averaged.
         class_rates, class_errors: [classes, shares], the same class by class: binomial.
         false_alarms: how often untouched samples do; false_alarm_error is its standard error where the true rate is
-            `nominal`, the threshold's own chance included.
+            `nominal`, the luck of the thresholds included.
         nominal: the rate that is allowed.
         n_null: sets behind `false_alarms`.
-        threshold: beyond which there is an alarm, in the score's bad direction.
+        threshold: beyond which there is an alarm, in the score's bad direction; the median over the judged splits.
     """
 
     rates: list[float]
@@ -46,15 +46,15 @@ class Power:
 
 
 def allowed(n: int, level: float) -> int:
-    """The threshold is the value of this rank among n of untouched samples, worst first.
+    """Of n values of untouched samples the so many worst alarm: each is beyond the one of this rank among the others.
 
-    Where all come from one distribution, one more value is beyond it with probability rank / (n + 1), less where
-    values tie (conformal prediction's rank argument, Vovk, Gammerman and Shafer 2005).
+    Where all come from one distribution, that has probability rank / n, less where values tie (the rank argument of
+    conformal prediction: Vovk, Gammerman and Shafer 2005).
 
     Raises:
-        UserError: even the worst of n would be exceeded more often than `level`.
+        UserError: even one of n is more than `level`.
     """
-    rank = math.floor(level * (n + 1) + 1e-9)
+    rank = math.floor(level * n + 1e-9)
     if not 0 < level < 1 or rank < 1:
         raise UserError(f"{n} splits cannot calibrate a threshold at level {level:g}: take a higher level, or more")
     return rank
@@ -63,39 +63,42 @@ def allowed(n: int, level: float) -> int:
 def power_of(measure: Measure, level: float, calibration: np.ndarray, null: np.ndarray, thinned: np.ndarray) -> Power:
     """Power and false alarms of one score.
 
+    The threshold for a split is the one-sided quantile of the untouched samples of all other splits.
+
     Args:
         measure: its bad direction, and whether it needs a threshold.
         level: the one-sided false-alarm rate that is allowed.
-        calibration: values of untouched samples of the splits that fix the threshold, [n].
-        null: values of untouched samples of the judged splits, [splits]; none of them is in `calibration`.
+        calibration: values of untouched samples of splits that are not judged, [n].
+        null: values of untouched samples of the judged splits, [splits].
         thinned: values of their thinned samples, [splits, classes, shares].
 
     Raises:
         UserError: as `allowed`.
     """
-    n, splits = len(calibration), len(null)
+    splits, total = len(null), len(null) + len(calibration)
+    thresholds, nominal = np.zeros(splits), level
+    judged, error = np.concatenate([calibration, null]), math.sqrt(level * (1 - level) / total)
     if measure.calibrated:
-        rank = allowed(n, level)
-        threshold = float(np.sort(measure.worse * calibration)[::-1][rank - 1])
-        # Alarms of splits under one random threshold: beta-binomial.
-        a, b = rank, n + 1 - rank
-        nominal = a / (a + b)
-        error = math.sqrt(a * b * (a + b + splits) / (splits * (a + b) ** 2 * (a + b + 1)))
-    else:
-        threshold, nominal, null = 0.0, level, np.concatenate([calibration, null])
-        error = math.sqrt(level * (1 - level) / len(null))
-    alarms = measure.worse * thinned > threshold
+        rank = allowed(total, level)
+        worst = np.sort(measure.worse * judged)[::-1]
+        # Without a value that is among the worst, the one after them moves up.
+        thresholds = np.where(measure.worse * null >= worst[rank - 1], worst[rank], worst[rank - 1])
+        judged, nominal = null, rank / total
+        # Which of the worst belong to judged splits: hypergeometric.
+        error = math.sqrt(rank * calibration.size * (total - rank) / (splits * (total - 1))) / total
+    beyond = thresholds if measure.calibrated else np.zeros(total)
+    alarms = measure.worse * thinned > thresholds[:, None, None]
     means, by_class = alarms.mean(axis=1), alarms.mean(axis=0)
     return Power(
         rates=means.mean(axis=0).tolist(),
         errors=(means.std(axis=0) / math.sqrt(splits)).tolist(),
         class_rates=by_class.tolist(),
         class_errors=np.sqrt(by_class * (1 - by_class) / splits).tolist(),
-        false_alarms=float((measure.worse * null > threshold).mean()),
+        false_alarms=float((measure.worse * judged > beyond).mean()),
         false_alarm_error=error,
         nominal=nominal,
-        n_null=len(null),
-        threshold=measure.worse * threshold,
+        n_null=len(judged),
+        threshold=measure.worse * float(np.median(thresholds)),
     )
 
 
@@ -128,9 +131,6 @@ def power_curves(found: Mapping[str, Power], keep: Sequence[float], level: float
     names = sorted(curves, key=lambda name: (-curves[name][-1], -curves[name].mean()))
     heights = _spread(np.array([curves[name][-1] for name in names]))
     axes.axhline(level, color=canvas.PALE, linewidth=1, linestyle=(0, (2, 2)))
-    told, patch = f"false alarms allowed: {level:.3g}", {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
-    style: dict[str, Any] = {"fontsize": 8, "color": canvas.MUTED, "bbox": patch}
-    axes.annotate(told, (1, level), (6, 4), textcoords="offset points", **style)
     beside = axes.get_yaxis_transform()
     for name, height in zip(names, heights):
         colour, line, marker = _STYLES[name]
@@ -145,7 +145,8 @@ def power_curves(found: Mapping[str, Power], keep: Sequence[float], level: float
     axes.set_xlim(1.0, shares[-1])
     axes.set_ylim(0, 1.02)
     axes.set_xticks(shares, ["100 %\n(untouched)", *(f"{100 * share:.3g} %" for share in shares[1:])])
-    axes.set_xlabel("share of the class that is kept", fontsize=9, color=canvas.MUTED)
+    told = f"share of the class that is kept (dotted: false alarms allowed, {level:.3g})"
+    axes.set_xlabel(told, fontsize=9, color=canvas.MUTED)
     axes.set_ylabel("share of sets that raise an alarm", fontsize=9, color=canvas.MUTED)
     canvas.heading(figure, title)
     return canvas.png(figure)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,25 +15,27 @@ from safetensors.numpy import save as save_tensors
 from data import storage
 from data.errors import UserError
 from data.partitions import Partitions
-from eval.bins import Bins, BinSettings, Space, fit_bins, label_bins, pictured
+from eval.bins import PICTURED, Bins, BinSettings, Space, fit_bins, label_bins, pictured
 from eval.observed import Pass
 from eval.scores import ScoreSettings, Summary
 
 REFERENCE = "reference.json"
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
 class Reference:
     """Bins (one set or several, all of one reference) and what the other scores need to know of it.
 
-    `partitions` are the samples, where they are at hand: pictures and the search for copies need them.
+    `partitions` are the samples, where they are at hand: pictures and the search for copies need them. `facts` say
+    how the set was read and fitted (JSON-safe): they belong to the protocol of every score by it.
     """
 
     bins: list[Bins]
     summary: Summary
     scale: str
     partitions: Partitions | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -74,6 +76,7 @@ class Reference:
             "scale": self.scale,
             "bins": {name: bins.fingerprint for name, bins in zip(names, self.bins)},
             "scores": asdict(self.summary.settings),
+            "facts": dict(self.facts),
         }
         storage.write_text(storage.join(folder, REFERENCE), json.dumps(document, indent=1) + "\n")
 
@@ -93,7 +96,8 @@ class Reference:
                 raise UserError(f"{folder}: these bins do not belong together: fit them again")
             settings = ScoreSettings(**{**document["scores"], "names": tuple(document["scores"]["names"])})
             arrays = load_tensors(storage.read_bytes(storage.join(folder, "summary.safetensors")))
-            return cls(bins, Summary.from_arrays(settings, arrays), document["scale"])
+            facts = dict(document["facts"])
+            return cls(bins, Summary.from_arrays(settings, arrays), document["scale"], facts=facts)
         except (KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
             raise UserError(f"cannot read the reference in {folder}: {error!r}; fit it again") from error
 
@@ -101,7 +105,8 @@ class Reference:
         m = pictured(bins.shape, len(bins.counts))
         if self.partitions is None or bins.members is None or not m:
             return bins
-        chosen = bins.members[:, :m]
+        chosen = bins.members[:, :m].copy()
+        chosen[-(-PICTURED // m) :] = -1  # the bins are sorted: the largest keep theirs
         pictures = np.zeros((*chosen.shape, *bins.shape), np.float32)
         if (chosen >= 0).any():
             pictures[chosen >= 0] = self.partitions.fetch(chosen[chosen >= 0])
@@ -139,12 +144,19 @@ def fit_reference(
     Raises:
         UserError: as `fit_bins` and `label_bins`.
     """
-    facts: dict[str, Any] = {
+    named: dict[str, Any] = {
         "name": name or partitions.name, "fingerprint": partitions.fingerprint, "space": space
     }  # fmt: skip
-    also = {"summary": Summary(scores, partitions.n)}
+    also = {"summary": Summary(scores, partitions.n, parts=2)}
     if labels:
-        fitted = label_bins(over, settings[0], also=also, **facts)
+        fitted = label_bins(over, settings[0], also=also, **named)
     else:
-        fitted = fit_bins(over, settings, n=partitions.n, also=also, **facts)
-    return Reference(fitted.bins, fitted.seen["summary"], partitions.scale, partitions)
+        fitted = fit_bins(over, settings, n=partitions.n, also=also, **named)
+    read = {f"reference_{key}": value for key, value in {**partitions.facts, **scores.facts()}.items()}
+    cut = settings[0]
+    if not labels:
+        read["kmeans_subset"] = (
+            f"{cut.max_samples or 'all'} samples (those with the smallest SplitMix64 numbers, in 1 GiB at most) and "
+            f"{cut.max_dimensions or 'all'} dimensions, seed {cut.seed}"
+        )
+    return Reference(fitted.bins, fitted.seen["summary"], partitions.scale, partitions, read)

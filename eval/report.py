@@ -93,7 +93,7 @@ def render_report(
         lead=lead,
         summary=summary,
         sections=sections,
-        facts={key.replace("_", " "): str(v) if key == "seed" else _spelled(v) for key, v in facts.items()},
+        facts={key.replace("_", " "): str(v) if key.endswith("seed") else _spelled(v) for key, v in facts.items()},
         stages=stages,
     )
 

@@ -15,10 +15,10 @@ from safetensors.numpy import save as save_tensors
 from data import storage
 from data.errors import UserError
 from data.partitions import Partitions
-from eval.measure import View, observe_partition
+from eval.measure import View, light, observe_partition
 
 # Changes when what is stored under a name does.
-_FORMAT = 1
+_FORMAT = 2
 
 
 def observe_stored(
@@ -30,13 +30,15 @@ def observe_stored(
     Observers without `identity` and `restored` are never stored, nor is what is observed together with them.
 
     Raises:
-        UserError: as `observe_partition`; or the store cannot be written.
+        UserError: as `observe_partition` and `check_lasting`; or the store cannot be written.
     """
     if store is None or not all(hasattr(observer, "restored") for observer in observers.values()):
         return observe_partition(partitions, number, view, observers)
+    check_lasting(partitions)
     facts = [
         _FORMAT,
         partitions.keys[number],
+        partitions.seeds[number],
         partitions.scale,
         [[part.fingerprint, part.name] if part else None for part in (view.features, view.classifier)],
         {name: observer.identity() for name, observer in observers.items()},
@@ -56,6 +58,15 @@ def observe_stored(
     return found
 
 
+def check_lasting(partitions: Partitions) -> None:
+    """Raises UserError for a set whose content may change under the same keys: what is stored of it would deceive."""
+    if not partitions.lasting:
+        raise UserError(
+            f"{partitions.name}: nothing here tells whether its content has changed, so no statistics are kept of it: "
+            "leave out --store, or pack it first"
+        )
+
+
 def _restored(place: str, observers: Mapping[str, Any], number: int) -> Mapping[str, Any]:
     try:
         arrays = load_tensors(storage.read_bytes(place))
@@ -63,6 +74,6 @@ def _restored(place: str, observers: Mapping[str, Any], number: int) -> Mapping[
         for name, observer in observers.items():
             own = {key[len(name) + 1 :]: value for key, value in arrays.items() if key.startswith(f"{name} ")}
             found[name] = observer.restored(own, number)
-        return found
+        return light(found)
     except (SafetensorError, KeyError, ValueError, IndexError) as error:
         raise UserError(f"{place} is damaged: remove it, and it is made again") from error

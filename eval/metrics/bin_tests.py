@@ -16,6 +16,7 @@ _TOLERANCE = 1e-7
 _IMPOSSIBLE = 400
 # Cells beyond the largest observed one that still add to its p-value.
 _TAIL = 64
+_TABLE_VALUES = 1 << 20
 
 
 def z_statistic(reference: np.ndarray, samples: np.ndarray) -> np.ndarray:
@@ -55,16 +56,18 @@ def exact_test(
     few, total = np.where(outside, small - few, few).astype(np.int64), np.where(outside, n - total, total)
     if not total.size:
         return np.zeros(0), np.zeros(0)
-    present = np.zeros(int(total.max()) + 1, bool)
-    present[total] = True
-    totals = np.flatnonzero(present)
-    row = (np.cumsum(present) - 1)[total]
+    totals, row = np.unique(total, return_inverse=True)
     width = 1 + min(int(totals[-1]), int(small), min(int(few.max()), _IMPOSSIBLE) + _TAIL)
-    log_p = _hypergeometric(totals[:, None], int(small), int(n - small), width)
-    table = _two_sided(log_p)
-    size = np.where(table < level, np.exp(log_p), 0.0).sum(1)
-    p_values = np.where(few < width, table[row, np.minimum(few, width - 1)], 0.0)
-    return p_values, size[row]
+    p_values, sizes = np.empty(total.size), np.empty(total.size)
+    # Sets of very different size have bins of as many totals as there are bins: tables are made in blocks.
+    order, step = np.argsort(row, kind="stable"), max(1, _TABLE_VALUES // width)
+    for start in range(0, len(totals), step):
+        own = order[slice(*np.searchsorted(row, (start, start + step), sorter=order))]
+        log_p = _hypergeometric(totals[start : start + step, None], int(small), int(n - small), width)
+        table, where = _two_sided(log_p), row[own] - start
+        sizes[own] = np.where(table < level, np.exp(log_p), 0.0).sum(1)[where]
+        p_values[own] = np.where(few[own] < width, table[where, np.minimum(few[own], width - 1)], 0.0)
+    return p_values, sizes
 
 
 def _hypergeometric(total: np.ndarray, small: int, large: int, width: int) -> np.ndarray:

@@ -18,7 +18,8 @@ from scipy import stats
 
 from eval.metrics import checks
 
-DEFAULT_NEIGHBOURS = 5
+# Of Kynkäänniemi et al. (precision, recall) and of Naeem et al. (density, coverage).
+NEIGHBOURS, DENSITY_NEIGHBOURS = 3, 5
 _BLOCK_ROWS, _BLOCK_COLUMNS = 1024, 4096
 # Beyond so many features the bound on float32 products leaves too much to be settled one by one.
 _FLOAT32_FEATURES = 16_384
@@ -40,6 +41,7 @@ class ManifoldScores:
     coverage: float
     coverage_standard_error: float
     neighbours: int
+    density_neighbours: int
     n_reference: int
     n_samples: int
 
@@ -88,91 +90,89 @@ class Memorisation:
 
 
 def manifold_scores(
-    reference: np.ndarray, samples: np.ndarray, *, neighbours: int = DEFAULT_NEIGHBOURS
+    reference: np.ndarray,
+    samples: np.ndarray,
+    *,
+    neighbours: int = NEIGHBOURS,
+    density_neighbours: int = DENSITY_NEIGHBOURS,
 ) -> ManifoldScores:
     """Precision, recall, density and coverage of `samples` `[m, d]` against `reference` `[n, d]`.
 
-    Around every point lies a closed ball that reaches its k-th nearest neighbour in its own set (k = `neighbours`;
-    itself not counted). Precision is the share of samples inside any reference ball, recall the share of reference
-    points inside any sample's ball; density is the mean number of reference balls around a sample, over k, and
-    coverage the share of reference balls with any sample inside.
+    Around every point lies a closed ball that reaches its k-th nearest neighbour in its own set (itself not counted).
+    Precision is the share of samples inside any reference ball, recall the share of reference points inside any
+    sample's ball, with k = `neighbours`; density is the mean number of reference balls around a sample, over k, and
+    coverage the share of reference balls with any sample inside, with k = `density_neighbours`.
 
     Exact in float64 for the price of float32: what single precision cannot decide is computed again.
 
     Raises:
-        ValueError: unusable features, or `neighbours` not below the size of the smaller set.
+        ValueError: unusable features, or neighbours that are not fewer than the smaller set.
     """
     x, y = checks.pair(reference, samples, ("reference", "samples"))
-    if not 1 <= neighbours < min(len(x), len(y)):
+    ks = neighbours, density_neighbours
+    if not 1 <= min(ks) <= max(ks) < min(len(x), len(y)):
         raise ValueError(
-            f"neighbours must be 1 to {min(len(x), len(y)) - 1}, one less than the smaller set, got {neighbours}: "
+            f"neighbours must be 1 to {min(len(x), len(y)) - 1}, one less than the smaller set, got {ks}: "
             "take more samples or fewer neighbours"
         )
-    balls_x = nearest_neighbours(x, x, neighbours, same=True)[0][:, -1]
+    squares = nearest_neighbours(x, x, max(ks), same=True)[0]
+    balls_x, density_balls = (squares[:, k - 1] for k in ks)
     balls_y = nearest_neighbours(y, y, neighbours, same=True)[0][:, -1]
-    around = np.zeros(len(y), np.int64)
+    around, precise = np.zeros(len(y), np.int64), np.zeros(len(y), bool)
     covered, recalled = np.zeros(len(x), bool), np.zeros(len(x), bool)
     blocks = _Distances(x, y)
     for rows in _slices(len(x), _BLOCK_ROWS):
         for columns in _slices(len(y), _BLOCK_COLUMNS):
             distances, tolerance = blocks.squared(rows, columns)
-            i, j = blocks.within(distances, tolerance, rows, columns, balls_x[rows, None])
+            i, j = blocks.within(distances, tolerance, rows, columns, density_balls[rows, None])
             around[columns] += np.bincount(j, minlength=columns.stop - columns.start)
             covered[rows.start + i] = True
+            precise[columns.start + blocks.within(distances, tolerance, rows, columns, balls_x[rows, None])[1]] = True
             recalled[rows.start + blocks.within(distances, tolerance, rows, columns, balls_y[None, columns])[0]] = True
-    precision, recall, coverage = float(np.mean(around > 0)), float(recalled.mean()), float(covered.mean())
+    precision, recall, coverage = float(precise.mean()), float(recalled.mean()), float(covered.mean())
     return ManifoldScores(
         precision=precision,
         precision_standard_error=_proportion_error(precision, len(y)),
         recall=recall,
         recall_standard_error=_proportion_error(recall, len(x)),
-        density=float(around.mean() / neighbours),
-        density_standard_error=float(around.std(ddof=1) / neighbours / np.sqrt(len(y))),
+        density=float(around.mean() / density_neighbours),
+        density_standard_error=float(around.std(ddof=1) / density_neighbours / np.sqrt(len(y))),
         coverage=coverage,
         coverage_standard_error=_proportion_error(coverage, len(x)),
         neighbours=neighbours,
+        density_neighbours=density_neighbours,
         n_reference=len(x),
         n_samples=len(y),
     )
 
 
-def memorisation(
-    training: np.ndarray, samples: np.ndarray, held_out: np.ndarray, *, quantiles: Sequence[float] = (0.01, 0.05)
-) -> Memorisation:
-    """Whether `samples` `[m, d]` are nearer to `training` `[n, d]` than `held_out` `[l, d]`, which nobody trained on.
-
-    The z statistic is the C_T of Meehan et al. with one cell, by mid-ranks and with the variance's correction for ties:
-
-        U = #{sample farther than held-out} + ½ #{ties},   z = (U - m l / 2) / sd(U)
-
-    It is 0 where all distances are equal. The standard errors of the shares take the held-out quantiles as given.
-
-    Raises:
-        ValueError: unusable features, or a quantile that is not between 0 and 1.
-    """
-    training, samples = checks.pair(training, samples, ("training", "samples"))
-    held_out = checks.pair(training, held_out, ("training", "held_out"))[1]
-    levels = tuple(float(q) for q in quantiles)
-    if not all(0 < q < 1 for q in levels):
-        raise ValueError(f"quantiles must lie between 0 and 1, got {levels}")
-    squared, indices = nearest_neighbours(samples, training, 1)
-    own, other = np.sqrt(squared[:, 0]), np.sqrt(nearest_neighbours(held_out, training, 1)[0][:, 0])
-    return compare_distances(own, other, indices[:, 0], levels)
-
-
 def compare_distances(
     own: np.ndarray, other: np.ndarray, nearest: np.ndarray, quantiles: Sequence[float] = (0.01, 0.05)
 ) -> Memorisation:
-    """`memorisation` from distances to the nearest training sample: `[m]` of samples, `[l]` of held-out ones.
+    """Whether samples are nearer to training samples than held-out ones are, which nobody trained on.
 
-    `nearest` `[m]` names the training sample nearest to each generated one.
+    `own` `[m]` are the distances of samples to the nearest training sample, which `nearest` `[m]` names; `other` `[l]`
+    are those of held-out ones. The z statistic is the C_T of Meehan et al. with one cell, by mid-ranks and with the
+    variance's correction for ties; it is 0 where all distances are equal:
+
+        U = #{sample farther than held-out} + ½ #{ties},   z = (U - m l / 2) / sd(U)
+
+    A share s below the q-quantile of the held-out distances has the standard error of both sets' drawing,
+    sqrt(s (1 - s) / m + q (1 - q) / l), as if both densities of distances were equal there.
+
+    Raises:
+        ValueError: a quantile that is not between 0 and 1.
     """
+    if not all(0 < q < 1 for q in quantiles):
+        raise ValueError(f"quantiles must lie between 0 and 1, got {quantiles}")
     limits = [np.quantile(other, q, method="inverted_cdf") for q in quantiles]
     shares = tuple(float(np.mean(own <= limit)) for limit in limits)
+    errors = (_proportion_error(share, len(own)) ** 2 for share in shares)
+    held = (_proportion_error(q, len(other)) ** 2 for q in quantiles)
     return Memorisation(
         quantiles=tuple(quantiles),
         shares=shares,
-        shares_standard_errors=tuple(_proportion_error(share, len(own)) for share in shares),
+        shares_standard_errors=tuple(float(np.sqrt(a + b)) for a, b in zip(errors, held)),
         held_out_shares=tuple(float(np.mean(other <= limit)) for limit in limits),
         z=_mann_whitney_z(own, other),
         distances=own,

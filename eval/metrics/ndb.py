@@ -97,6 +97,10 @@ class NDBResult:
         """What JS is where both sets come from one distribution; simulated when it is first asked for."""
         return resampling.js_floor(self.reference_counts, self.sample_counts, self.seed)
 
+    def js_limit(self, level: float) -> float:
+        """A JS (nats) that two sets of one distribution exceed at a rate of at most `level` (see `resampling`)."""
+        return resampling.js_limit(self.reference_counts, self.sample_counts, level, self.seed)
+
     @cached_property
     def intervals(self) -> resampling.Intervals:
         """95 % intervals of NDB / K and JS, from drawing both sets again; simulated when they are first asked for."""

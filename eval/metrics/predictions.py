@@ -16,9 +16,11 @@ import numpy as np
 from scipy.special import rel_entr, xlogy
 
 from eval.metrics import checks
+from eval.metrics.hashing import splitmix64
 
 # How far probabilities in half precision may miss their range and their sum.
 _TOLERANCE = 2e-3
+LEAST_IN_SPLIT = 50
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Predictions:
             raise ValueError("probabilities: rows must be at least 0 and add up to 1: apply a softmax to logits first")
         p = np.maximum(p, 0)
         p /= p.sum(axis=1, keepdims=True)
-        split = (_hash(numbers.astype(np.uint64)) % np.uint64(splits)).astype(np.int64)
+        split = (splitmix64(numbers.astype(np.uint64)) % np.uint64(splits)).astype(np.int64)
         # One row per split with a one for each of its samples: sums by one matrix product.
         members = (split == np.arange(splits)[:, None]).astype(np.float64)
         self.counts += np.bincount(split, minlength=splits)
@@ -129,17 +131,25 @@ class Predictions:
         """Classes that are the likeliest one of at least one sample."""
         return int(np.count_nonzero(self.predicted))
 
-    def inception_score(self) -> InceptionScore:
+    def inception_score(self, least: int = LEAST_IN_SPLIT) -> InceptionScore:
         """exp(mean KL(p(y|x) || p(y))) of every split, with that split's own p(y): 1 to `n_classes`, higher is better.
 
+        Splits are joined, to a divisor of their number, until each has `least` samples or one is left: the score of a
+        few samples is far too low.
+
         Raises:
-            ValueError: fewer than two samples, or a split without any.
+            ValueError: fewer than two samples.
         """
         self._enough()
-        if not self.counts.all():
-            raise ValueError(f"{self.n} samples leave one of {len(self.counts)} splits empty: use fewer splits")
-        p = self.sums / self.counts[:, None]
-        scores = np.exp(-xlogy(p, p).sum(axis=1) - self.entropies / self.counts)
+        splits = len(self.counts)
+        for joined in (k for k in range(splits, 0, -1) if splits % k == 0):
+            counts, sums, entropies = (
+                part.reshape(joined, splits // joined, -1).sum(1) for part in (self.counts, self.sums, self.entropies)
+            )
+            if counts.min() >= least:
+                break
+        p = sums / counts
+        scores = np.exp(-xlogy(p, p).sum(axis=1) - (entropies / counts)[:, 0])
         return InceptionScore(float(scores.mean()), float(scores.std()), len(scores))
 
     def reference_divergence(self, reference: np.ndarray) -> float:
@@ -178,11 +188,3 @@ class Predictions:
         if not (np.all(np.isfinite(p)) and np.all(p > 0)):
             raise ValueError("reference: every class must have samples: leave absent classes out of the classifier")
         return p / p.sum()
-
-
-def _hash(numbers: np.ndarray) -> np.ndarray:
-    """The finaliser of SplitMix64 (S. Vigna, 2015): 64 bits that look random, for consecutive numbers too."""
-    z = numbers + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))

@@ -1,10 +1,11 @@
-"""How far the scores of two sets of counts move by chance alone: simulations by drawing both sets again.
+"""How far the scores of two sets of counts move by chance alone: both sets divided or drawn again.
 
 Imports only NumPy and SciPy. Counts are `[K]`; everything is a pure function of counts, rule and seed.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,10 @@ from eval.metrics.bin_tests import exact_test, needs_exact, z_statistic
 
 # Replicates for few bins; for many, as many as keep the work at so many draws of a bin. The floor needs fewer.
 _MOST_REPLICATES, _MOST_FLOOR_DRAWS, _DRAWS = 1000, 499, 1_000_000
+# NumPy draws hypergeometric numbers from no larger populations.
+_HYPERGEOMETRIC = 1_000_000_000
+# By which equal divergences may differ.
+_ROUNDING = 1e-12
 # Stands for 0 in logarithms that are multiplied by 0.
 _TINY = np.finfo(np.float64).tiny
 # Beyond this |z| a difference is taken as it is: there is nothing to shrink, and z is no longer of variance 1.
@@ -55,18 +60,45 @@ def js_of_counts(reference: np.ndarray, samples: np.ndarray) -> np.ndarray:
 
 
 def js_floor(reference: np.ndarray, samples: np.ndarray, seed: int) -> Floor:
-    """What the JS divergence is where both sets are multinomial draws from their pooled proportions.
+    """What the JS divergence is where both sets come from one distribution, given the totals of the bins.
 
-    Its mean is about (K' - 1) / 8 (1 / n1 + 1 / n2) for K' bins that are not empty, the first term of the expansion
-    of JS as chi-square; it is larger where counts are small. The p-value is (1 + draws as large as the observed) /
-    (1 + draws), never zero.
+    Given its totals, such a pair of sets is a random division of all samples into two parts of their sizes: the counts
+    are multivariate hypergeometric, exactly, however sparse the bins. (Multinomial draws from the pooled proportions
+    would miss the bins that neither set has hit, and repeat those with a sample or two.) The mean is about
+    (K' - 1) / 8 (1 / n1 + 1 / n2) for K' bins that are not empty, the first term of the expansion of JS as chi-square,
+    and larger where counts are small. The p-value is (1 + draws as large as the observed) / (1 + draws), never zero.
     """
-    rng = np.random.default_rng([seed, 0])
-    pooled, draws = reference + samples, min(_MOST_FLOOR_DRAWS, replicates_for(len(reference)))
-    first, second = (rng.multinomial(int(c.sum()), pooled / pooled.sum(), draws) for c in (reference, samples))
-    simulated, observed = js_of_counts(first, second), float(js_of_counts(reference, samples))
-    exceeding = np.count_nonzero(simulated >= observed - 1e-12)
+    draws = min(_MOST_FLOOR_DRAWS, replicates_for(len(reference)))
+    simulated, observed = _divided(reference, samples, draws, seed), float(js_of_counts(reference, samples))
+    exceeding = np.count_nonzero(simulated >= observed - _ROUNDING)
     return Floor(float(simulated.mean()), float(np.quantile(simulated, 0.95)), float((1 + exceeding) / (1 + draws)))
+
+
+def js_limit(reference: np.ndarray, samples: np.ndarray, level: float, seed: int) -> float:
+    """A JS (nats) that is exceeded at a rate of at most `level` where both sets come from one distribution.
+
+    The largest of ceil(1 / level) - 1 random divisions of all samples: the observed one is as likely as any other to
+    be the largest of all (Barnard 1963), so the rate holds whatever the counts.
+    """
+    return float(_divided(reference, samples, math.ceil(1 / level) - 1, seed).max()) + _ROUNDING
+
+
+def _divided(reference: np.ndarray, samples: np.ndarray, draws: int, seed: int) -> np.ndarray:
+    """JS `[draws]` of random divisions of all samples into parts of the two sizes."""
+    rng = np.random.default_rng([seed, 0])
+    total = reference + samples
+    n, small = int(total.sum()), min(int(reference.sum()), int(samples.sum()))
+    found, step = [], max(1, _DRAWS // len(total))
+    for start in range(0, draws, step):
+        rows = min(step, draws - start)
+        if n < _HYPERGEOMETRIC:
+            part = rng.multivariate_hypergeometric(total, small, rows, method="marginals")
+        elif small < n // 1000:  # so few of all that replacing them changes nothing
+            part = np.minimum(rng.multinomial(small, total / n, rows), total)
+        else:  # a million or more: that their number varies by 0.1 % changes nothing
+            part = rng.binomial(total, small / n, (rows, len(total)))
+        found.append(js_of_counts(total - part, part))
+    return np.concatenate(found)
 
 
 def intervals(

@@ -105,6 +105,7 @@ def sinkhorn_divergence(
     b: np.ndarray,
     *,
     regularisation: float = 0.05,
+    epsilon: float | None = None,
     tolerance: float = 1e-4,
     max_iterations: int = 1000,
     dtype: torch.dtype = torch.float32,
@@ -113,17 +114,20 @@ def sinkhorn_divergence(
 
         OT_ε(a, b) = min over plans π of <π, C> + ε KL(π || a ⊗ b),   C = |x - y|²
 
-    ε is `regularisation` times the mean of C over all pairs (x, y) of the two sets. Potentials are updated in the log
-    domain, f and g in turn between two sets, f ← (f + Tf)/2 within one, until the marginals of the plan are within
-    `tolerance` (L1) of uniform, `max_iterations` at the most; the dual value then is off by the order of its square.
+    ε is `epsilon`, in squared units of the features, or else `regularisation` times the mean of C over all pairs (x, y)
+    of the two sets; divergences compare only at one ε. Finite samples raise the divergence. Potentials are updated in
+    the log domain, f and g in turn between two sets, f ← (f + Tf)/2 within one, until the marginals of the plan are
+    within `tolerance` (L1) of uniform, `max_iterations` at the most; the dual value then is off by the order of its
+    square.
     The cost matrix is held once, in `dtype`; potentials are float64.
 
     Raises:
         ValueError: unusable features or settings, or more than 4e8 pairs.
     """
     a, b = checks.pair(a, b, ("a", "b"))
-    if not (0 < regularisation < np.inf and 0 < tolerance < np.inf and max_iterations >= 1):
-        raise ValueError("regularisation, tolerance and max_iterations must be positive")
+    positive = (regularisation, 1.0 if epsilon is None else epsilon, tolerance)
+    if not (all(0 < value < np.inf for value in positive) and max_iterations >= 1):
+        raise ValueError("regularisation, epsilon, tolerance and max_iterations must be positive")
     if max(len(a), len(b)) ** 2 > MAX_PAIRS:
         raise ValueError(f"{len(a)} and {len(b)} samples are too many: draw subsamples of at most {MAX_PAIRS**0.5:.0f}")
     if dtype not in (torch.float32, torch.float64):
@@ -132,8 +136,8 @@ def sinkhorn_divergence(
     x, y = a - centre, b - centre
     mean_cost = float(np.square(x).sum(1).mean() + np.square(y).sum(1).mean() - 2 * x.mean(0) @ y.mean(0))
     if mean_cost <= 0:
-        return SinkhornDivergence(0.0, 0.0, 0.0, 0.0, 0, 0.0, True)
-    epsilon = regularisation * mean_cost
+        return SinkhornDivergence(0.0, 0.0, epsilon or 0.0, 0.0, 0, 0.0, True)
+    epsilon = regularisation * mean_cost if epsilon is None else epsilon
     # In units of ε: single precision sees neither the features' scale nor their offset.
     x, y = x / np.sqrt(epsilon), y / np.sqrt(epsilon)
     between = _transport(_cost(x, y, dtype), tolerance, max_iterations, symmetric=False)

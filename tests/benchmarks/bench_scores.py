@@ -15,7 +15,7 @@ import torch
 from scipy import linalg
 
 from eval.metrics.kernel import kernel_distance
-from eval.metrics.manifold import manifold_scores, memorisation
+from eval.metrics.manifold import manifold_scores, nearest_neighbours
 from eval.metrics.moments import Moments, frechet_distance, frechet_standard_error
 from eval.metrics.predictions import Predictions
 from eval.metrics.sharpness import Sharpness
@@ -69,7 +69,7 @@ def main() -> None:
     d = 784
     # Twenty directions carry nearly all, as in real features: distances are far from equal.
     mixing = rng.normal(size=(20, d))
-    x, y, z = ((rng.normal(size=(N, 20)) @ mixing + 0.3 * rng.normal(size=(N, d))).astype(np.float32) for _ in range(3))
+    x, y = ((rng.normal(size=(N, 20)) @ mixing + 0.3 * rng.normal(size=(N, d))).astype(np.float32) for _ in range(2))
     x64, y64 = x.astype(np.float64), y.astype(np.float64)
     part = x64[:1000], y64[:1000]
     line(
@@ -80,7 +80,7 @@ def main() -> None:
         100,
     )
     line("precision, recall, density, cov.", lambda: manifold_scores(x, y), lambda: x @ y.T, "3 products, float32", 3)
-    line("memorisation", lambda: memorisation(x, y, z), lambda: x @ y.T, "2 products, float32", 2)
+    line("nearest neighbours", lambda: nearest_neighbours(y, x, 1), lambda: x @ y.T, "1 product, float32", 1)
     directions = rng.normal(size=(500, d))
     projected = directions @ x64.T
     line(

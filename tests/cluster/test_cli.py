@@ -360,11 +360,17 @@ MANYMODES = os.path.join(os.path.dirname(sys.executable), "manymodes")
 
 # Where the tests run in the background of a shell, Ctrl-C is ignored from the start.
 READY_THEN_RUN = """
-import signal
+import signal, sys
 from cluster import entry
 signal.signal(signal.SIGINT, signal.default_int_handler)
-entry.prepare()
-print("ready", flush=True)
+
+class Ready:
+    # Tells when the entry begins to import the commands: from then on it answers for interruptions.
+    def find_spec(self, name, path=None, target=None):
+        if name == "cluster.cli":
+            print("ready", flush=True)
+
+sys.meta_path.insert(0, Ready())
 entry.main()
 """
 

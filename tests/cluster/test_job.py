@@ -99,7 +99,7 @@ def test_run_and_evaluate_share_one_protocol(finished_job):
     """The demo's row and a later `evaluate` of the same held-out data are the same score, to the last digit."""
     from data.partitions import open_partitions
     from eval.bins import BinSettings
-    from eval.comparison import judge
+    from eval.comparison import judge_set
     from eval.evaluate import Rule
     from eval.measure import local_pass
     from eval.reference import Reference, fit_reference
@@ -110,7 +110,7 @@ def test_run_and_evaluate_share_one_protocol(finished_job):
     kept = Reference.load(str(finished_job.folder / "reference"))
     anew = fit_reference(known, local_pass(known), [BinSettings(n_bins=20)], ScoreSettings(()))
     for reference in (kept, anew):
-        row = judge(held, local_pass(held), reference, name="held", rule=Rule(3.0), scores=ScoreSettings(()))
+        row = judge_set(held, local_pass(held), reference, name="held", rule=Rule(3.0), scores=ScoreSettings(()))
         now = row.to_dict()
         for key in ("bins_fingerprint", "reference_fingerprint", "reference"):
             assert now["protocol"][key] == then["protocol"][key]
@@ -124,7 +124,7 @@ def test_a_changed_source_is_packed_again(tmp_path):
     recipe = load_recipe("digits", [f"data.source=array:{tmp_path}/x.npy"])
 
     def packed():
-        return _packed(recipe, tmp_path / "out", lambda *a, **k: None)
+        return _packed(recipe, str(tmp_path / "out"), lambda *a, **k: None)
 
     np.save(tmp_path / "x.npy", np.zeros((50, 4)))
     first = packed()
@@ -139,9 +139,9 @@ def test_one_process_per_output_folder(tmp_path):
     from cluster.job import exclusive
     from data.errors import UserError
 
-    with exclusive(tmp_path), pytest.raises(UserError, match="another job"), exclusive(tmp_path):
+    with exclusive(str(tmp_path)), pytest.raises(UserError, match="another job"), exclusive(str(tmp_path)):
         pass
-    with exclusive(tmp_path):
+    with exclusive(str(tmp_path)):
         pass
 
 

@@ -52,6 +52,22 @@ def test_duplicated_points(n_clusters, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("offset", [0, 8, 100, 10_000])
+def test_an_offset_costs_no_precision(offset):
+    """Expanded as |x|² - 2xc + |c|² in float32, squares of 10,000 leave nothing of distances of 1."""
+    rng = np.random.default_rng(0)
+    x, centroids = (np.float32(rng.normal(size=(n, 50)) + offset) for n in (3000, 40))
+    labels, distances = kmeans.assign(x, centroids)
+    exact = np.square(x[:, None].astype(np.float64) - centroids).sum(2)
+    nearest = exact.min(1)
+    assert exact[np.arange(3000), labels] == pytest.approx(nearest, rel=1e-4)
+    assert np.mean(labels == exact.argmin(1)) > 0.999
+    assert distances == pytest.approx(nearest, rel=1e-4)
+    here, there = (kmeans.fit(x - shift, 5, n_init=2) for shift in (0, np.float32(offset)))
+    assert here.objective == pytest.approx(there.objective, rel=0.02)
+    assert np.square(x - here.centroids[kmeans.assign(x, here.centroids)[0]]).sum() < 1.01 * here.objective
+
+
 def test_bad_input_is_the_users_fault():
     x, _ = blobs(50)
     with pytest.raises(UserError, match="fewer clusters"):

@@ -1,4 +1,5 @@
 import io
+import os
 import tarfile
 
 import cloudpickle
@@ -8,7 +9,8 @@ from PIL import Image
 
 from data import shards
 from data.errors import UserError
-from data.partitions import open_partitions, position
+from data.manifest import Manifest, Origin, ShardRecord, SplitRecord, load_manifest
+from data.partitions import PackPartitions, open_partitions, position
 from data.pixels import scale
 from data.sources import SourceOptions, open_source
 
@@ -115,3 +117,94 @@ def test_nothing_there(tmp_path):
         open_partitions(str(tmp_path))
     with pytest.raises(UserError, match="no split 'validation'"):
         open_partitions("digits", split="validation")
+
+
+def touched(path):
+    os.utime(path, (1, 1))
+    return path
+
+
+def test_random_numbers_follow_the_data_and_never_the_place(tmp_path, monkeypatch):
+    """Whoever repeats an evaluation elsewhere draws the same subsets; what is stored belongs to the content."""
+    monkeypatch.setattr("data.partitions._PARTITION_BYTES", 500)
+    x = np.random.default_rng(0).standard_normal((300, 4)).astype(np.float32)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        np.save(tmp_path / name / "x.npy", x)
+        source = open_source(f"array:{tmp_path}/{name}/x.npy", SourceOptions(test_fraction=0, shuffle=False))
+        shards.pack(source, str(tmp_path / name / "pack"), rows_per_block=9, shard_bytes=2000)
+    for place in ("x.npy", "pack"):
+        one, other = (open_partitions(str(tmp_path / name / place), split="train") for name in ("a", "b"))
+        assert list(one.seeds) == list(other.seeds)
+        assert len(set(one.seeds)) == len(one) > 5
+    one = open_partitions(str(tmp_path / "a/x.npy"))
+    again = open_partitions(touched(str(tmp_path / "a/x.npy")))
+    assert list(again.seeds) == list(one.seeds)
+    assert set(again.keys).isdisjoint(one.keys)
+    # The split that is read counts, not the one that was asked for.
+    assert list(open_partitions(str(tmp_path / "a/x.npy"), split="train").keys) == list(again.keys)
+    # A shard that is left keeps its random numbers; one that comes twice has two sets of them.
+    pack = load_manifest(str(tmp_path / "a/pack"))
+    fewer = pack.model_copy(deep=True)
+    del fewer.splits["train"].shards[0]
+    twice = pack.model_copy(deep=True)
+    twice.splits["train"].shards.append(twice.splits["train"].shards[0])
+    whole, rest, double = (PackPartitions(manifest, "train") for manifest in (pack, fewer, twice))
+    assert list(rest.seeds) == list(whole.seeds)[-len(rest) :]
+    assert len(set(double.seeds)) == len(double) > len(set(double.keys))
+
+
+def test_a_tar_of_the_same_size_is_another(tmp_path, pixels):
+    """Tars are padded to 10 KiB: the size tells nothing. A store that tells nothing else is not relied upon."""
+    write_tar(tmp_path / "s.tar", pixels[:3])
+    first = open_partitions(str(tmp_path / "s.tar"))
+    assert first.lasting
+    size = (tmp_path / "s.tar").stat().st_size
+    write_tar(tmp_path / "s.tar", pixels[3:6])
+    other = open_partitions(touched(str(tmp_path / "s.tar")))
+    assert (tmp_path / "s.tar").stat().st_size == size
+    assert list(first.keys) != list(other.keys) != list(open_partitions(str(tmp_path / "s.tar"), size=3).keys)
+    assert list(first.seeds) == list(other.seeds)
+    from fsspec.implementations.local import LocalFileSystem
+
+    info = LocalFileSystem.info
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LocalFileSystem, "info", lambda self, path, **k: {
+            name: value for name, value in info(self, path, **k).items() if name in ("name", "size", "type")
+        })  # fmt: skip
+        assert not open_partitions(str(tmp_path / "s.tar")).lasting
+
+
+def test_one_partition_travels_alone(tmp_path):
+    """What a worker gets does not grow with the pack."""
+    record = ShardRecord(
+        file="s.tar", samples=200, bytes=10**9, sha256="0" * 64, members=[(1, {"x.npy": (0, 10, 0)})] * 200
+    )
+    sizes = []
+    for n in (2, 300):
+        shards_ = [record.model_copy(update={"file": f"s{i}.tar"}) for i in range(n)]
+        split = SplitRecord(samples=200 * n, shards=shards_)
+        pack = Manifest(name="p", shape=(2,), dtype="float32", source=Origin(spec="p"), splits={"test": split})
+        parts = PackPartitions(pack, "test")
+        one = parts.only(len(parts) - 1)
+        assert one.keys[len(parts) - 1] == parts.keys[len(parts) - 1]
+        sizes.append(len(cloudpickle.dumps(one)))
+    assert sizes[1] < sizes[0] + 100
+
+
+@pytest.mark.parametrize("place", ["x.npy", "png", "s.tar", "pack", "digits"])
+def test_a_partition_alone_holds_the_same_samples(tmp_path, monkeypatch, pixels, place):
+    monkeypatch.setattr("data.partitions._PARTITION_BYTES", 500)
+    np.save(tmp_path / "x.npy", pixels)
+    (tmp_path / "png").mkdir()
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(tmp_path / "png" / f"{i:03d}.png")
+    write_tar(tmp_path / "s.tar", pixels)
+    source = open_source(f"array:{tmp_path / 'x.npy'}", SourceOptions(test_fraction=0, shuffle=False))
+    shards.pack(source, str(tmp_path / "pack"), rows_per_block=3)
+    parts = open_partitions("digits" if place == "digits" else str(tmp_path / place), split="train")
+    for number in range(len(parts)):
+        one = cloudpickle.loads(cloudpickle.dumps(parts.only(number)))
+        for a, b in zip(one.pieces(number), parts.pieces(number), strict=True):
+            np.testing.assert_array_equal(a.x, b.x)
+            assert (a.keys(), a.start, a.noise) == (b.keys(), b.start, b.noise)

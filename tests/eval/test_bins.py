@@ -11,7 +11,7 @@ from scipy.spatial.distance import cdist
 
 from data import kmeans
 from data.errors import UserError
-from eval.arrays import bins_of, judge, labels_of
+from eval.arrays import bins_of, judge_array, labels_of
 from eval.bins import Bins, BinSettings
 from eval.evaluate import Rule
 from eval.observed import sample_ids
@@ -86,7 +86,7 @@ def test_empty_bins_are_kept():
     assert bins.centres.shape == (8, 4)
     assert np.isfinite(bins.centres).all()
     assert (bins.counts.sum(), np.count_nonzero(bins.counts == 0)) == (60, 5)
-    assert judge(bins, x, name="same", scale="0..1").result.ndb == 0
+    assert judge_array(bins, x, name="same", scale="0..1").result.ndb == 0
 
 
 def test_same_seed_same_bins_and_round_trip(reference, tmp_path):
@@ -129,23 +129,23 @@ def test_refuses_samples_that_do_not_fit(reference):
         labels_of(bins, np.zeros((10, 28, 28, 1)))
     named = {"name": "gan", "scale": "0..1"}
     with pytest.raises(UserError, match="gan: 5 samples for 6 bins"):
-        judge(bins, reference[:5], **named)
+        judge_array(bins, reference[:5], **named)
     with pytest.raises(UserError, match="gan: .*one scale"):
-        judge(bins, 255 * reference, **named)
+        judge_array(bins, 255 * reference, **named)
     with pytest.raises(UserError, match="not both"):
-        judge(bins, reference, **named, rule=Rule(3.0, 0.1))
+        judge_array(bins, reference, **named, rule=Rule(3.0, 0.1))
     infinite = reference.copy()
     infinite[0] = np.inf
     with pytest.raises(UserError, match="infinite"):
-        judge(bins, infinite, **named)
+        judge_array(bins, infinite, **named)
 
 
 def test_evaluation_finds_the_planted_mode_and_carries_its_protocol(reference):
     bins = fitted(reference)
     samples, which = blobs(2000, 1)
-    whole = judge(bins, samples, name="whole", scale="0..1", rule=Rule(4.0))
+    whole = judge_array(bins, samples, name="whole", scale="0..1", rule=Rule(4.0))
     assert whole.result.ndb == 0  # P(|z| > 4) is 6e-5 per bin
-    part = judge(
+    part = judge_array(
         bins, samples[which != 2], name="part", scale="0..1", rule=Rule(4.0), extras={"features": "none"}
     )
     worst = part.result.by_evidence()[0]
@@ -169,8 +169,8 @@ def test_mnist_without_a_digit_misses_its_bins():
     x = idx("t10k-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28, 1).astype(np.float32) / 255
     bins = bins_of(x[::2], BinSettings(n_bins=20, n_init=1), name="MNIST")
     held, kept = x[1::2], digits[1::2] != 9
-    assert judge(bins, held, name="all", scale="0..1", rule=Rule(4.0)).result.ndb == 0
-    result = judge(bins, held[kept], name="no 9", scale="0..1", rule=Rule(4.0)).result
+    assert judge_array(bins, held, name="all", scale="0..1", rule=Rule(4.0)).result.ndb == 0
+    result = judge_array(bins, held[kept], name="no 9", scale="0..1", rule=Rule(4.0)).result
     labels = labels_of(bins, x[::2])
     missing = np.flatnonzero(result.flagged & (result.z < 0))
     assert len(missing) >= 1

@@ -11,7 +11,7 @@ import pytest
 from cluster.scoring import comparison_report
 from data.partitions import MemoryPartitions
 from eval.bins import BinSettings
-from eval.comparison import Comparison, judge
+from eval.comparison import Comparison, judge_set
 from eval.evaluate import Rule
 from eval.measure import local_pass
 from eval.reference import fit_reference
@@ -52,7 +52,7 @@ def report(tmp_path_factory):
     for seed, name in ((1, "a model <with> a rather long & odd name"), (3, "model-b")):
         samples = images(400, seed, name)
         more = {"over_reference": local_pass(known), "held_out": (held, local_pass(held))}
-        rows.append(judge(samples, local_pass(samples), reference, name=name, rule=Rule(), scores=scores, **more))
+        rows.append(judge_set(samples, local_pass(samples), reference, name=name, rule=Rule(), scores=scores, **more))
     path = tmp_path_factory.mktemp("report") / "report.html"
     path.write_text(comparison_report(Comparison(reference, rows), {"score": 1.25}))
     return path

@@ -11,7 +11,7 @@ from PIL import Image
 from data.errors import UserError
 from data.partitions import MemoryPartitions
 from eval import canvas, figures
-from eval.arrays import bins_of, judge
+from eval.arrays import bins_of, judge_array
 from eval.bins import BinSettings
 from eval.gallery import bins_gallery
 from eval.reference import bin_members
@@ -33,7 +33,7 @@ def judged(shape, n_bins, seed=0):
     reference, samples = rng.random((n_bins * 12, *shape)), rng.random((n_bins * 8, *shape)) ** 1.3
     settings = BinSettings(n_bins=n_bins, n_init=1)
     bins = bins_of(reference, settings, name="noise")
-    return bins, reference, samples, judge(bins, samples, name="model", scale="0..1")
+    return bins, reference, samples, judge_array(bins, samples, name="model", scale="0..1")
 
 
 @pytest.mark.parametrize("n_bins", [2, 200])

@@ -8,7 +8,7 @@ from scipy import stats
 from scipy.spatial.distance import cdist
 
 from eval.metrics import manifold
-from eval.metrics.manifold import manifold_scores, memorisation, nearest_neighbours
+from eval.metrics.manifold import compare_distances, manifold_scores, nearest_neighbours
 
 NAMES = ("precision", "recall", "density", "coverage")
 
@@ -24,6 +24,7 @@ def all_pairs(x, y, k):
 def test_real_images_score_as_with_prdc(digits, compare):
     prdc = pytest.importorskip("prdc", reason="prdc is not installed")
     theirs = prdc.compute_prdc(digits.reference, digits.samples, 5)
+    theirs |= {name: prdc.compute_prdc(digits.reference, digits.samples, 3)[name] for name in ("precision", "recall")}
     ours = manifold_scores(digits.reference.astype(np.float32), digits.samples.astype(np.float32))
     for name in NAMES:
         compare(f"{name} of MNIST pixels", getattr(ours, name), theirs[name])
@@ -70,7 +71,7 @@ def test_ties_and_extreme_features_are_exact(case, k, monkeypatch):
     monkeypatch.setattr(manifold, "_BLOCK_COLUMNS", 50)
     monkeypatch.setattr(manifold, "_EXACT_VALUES", 100)
     x, y = case(np.random.default_rng(0))
-    ours = manifold_scores(x, y, neighbours=k)
+    ours = manifold_scores(x, y, neighbours=k, density_neighbours=k)
     assert [getattr(ours, name) for name in NAMES] == pytest.approx(all_pairs(x, y, k), abs=1e-12)
     squared, indices = nearest_neighbours(x, y, k)
     across = cdist(x, y, "sqeuclidean")
@@ -87,6 +88,11 @@ def test_single_precision_changes_nothing(monkeypatch):
     assert fast[0] == slow[0]
     assert np.array_equal(fast[1][0], slow[1][0])
     assert np.array_equal(fast[1][1], slow[1][1])
+
+
+def memorisation(training, samples, held_out):
+    (own, nearest), (other, _) = (nearest_neighbours(x, training, 1) for x in (samples, held_out))
+    return compare_distances(np.sqrt(own[:, 0]), np.sqrt(other[:, 0]), nearest[:, 0])
 
 
 def test_copies_of_the_training_samples_are_found():
@@ -125,6 +131,8 @@ def test_samples_that_copy_nothing_raise_no_alarm():
     assert max(abs(r.z) for r in results) < 4
     shares = np.array([r.shares[1] for r in results])
     assert abs(shares.mean() - 0.05) < 4 * shares.std() / 10
+    # 100 shares: their spread is known to 7 %, so 30 % off has odds of 2e-5; half of it is the held-out quantile's.
+    assert np.mean([r.shares_standard_errors[1] for r in results]) == pytest.approx(shares.std(), rel=0.3)
 
 
 def test_unusable_arguments_are_refused():
@@ -132,12 +140,10 @@ def test_unusable_arguments_are_refused():
     with pytest.raises(ValueError, match="fewer neighbours"):
         manifold_scores(x, x)
     with pytest.raises(ValueError, match="2 features, samples 3"):
-        manifold_scores(x, np.zeros((5, 3)), neighbours=1)
+        manifold_scores(x, np.zeros((5, 3)), neighbours=1, density_neighbours=1)
     with pytest.raises(ValueError, match="at least 2 samples"):
-        manifold_scores(x, x[:1], neighbours=1)
+        manifold_scores(x, x[:1], neighbours=1, density_neighbours=1)
     with pytest.raises(ValueError, match="between 0 and 1"):
-        memorisation(x, x, x, quantiles=[5])
-    with pytest.raises(ValueError, match="finite"):
-        memorisation(x, x, np.full((5, 2), np.inf))
+        compare_distances(x[:, 0], x[:, 0], np.arange(5), [5])
     with pytest.raises(ValueError, match="k up to 4"):
         nearest_neighbours(x, x, 5, same=True)

@@ -2,12 +2,14 @@
 
 import json
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
 from scipy import stats
 from scipy.spatial.distance import jensenshannon
 
+from eval.metrics.bin_tests import exact_test
 from eval.metrics.ndb import js_divergence, score, two_proportion_z
 from eval.metrics.resampling import flagged_bins, intervals, js_of_counts
 
@@ -208,6 +210,42 @@ def test_js_floor_is_the_chi_square_s_and_tells_a_difference():
     b[0] = 0
     assert score(a, b).js_floor.p_value == 1 / 500
     assert score(a, a).js_floor.p_value == 1
+
+
+def test_the_js_of_sparse_bins_alarms_at_its_rate():
+    """300 pairs of 2 samples a bin: beyond 2 to 33 alarms at 5 % odds are below 1e-4; 7 at 0.4 %: below 1e-3.
+
+    With multinomial draws from the pooled proportions a quarter of the pairs would alarm.
+    """
+    rng = np.random.default_rng(11)
+    proportions = rng.dirichlet(np.full(60, 2.0))
+    found = [score(rng.multinomial(120, proportions), rng.multinomial(120, proportions)) for _ in range(300)]
+    p_values = np.array([each.js_floor.p_value for each in found])
+    assert 2 < np.count_nonzero(p_values <= 0.05) < 33
+    assert p_values.mean() == pytest.approx(0.5, abs=0.085)  # 5 standard errors
+    assert sum(each.js > each.js_floor.quantile for each in found) < 33
+    assert sum(each.js > each.js_limit(0.004) for each in found) < 7
+
+
+def test_the_js_floor_of_billions():
+    """From a billion on, sets are drawn otherwise; the mean of 499 draws has a relative standard error of 4.5 %."""
+    for a, b in ([[4e9, 3e9, 3e9], [4e8, 3e8, 3e8]], [[4e9, 3e9, 3e9], [2e3, 1e3, 1e3]]):
+        floor = score(np.array(a), np.array(b)).js_floor
+        assert floor.mean == pytest.approx(2 / 8 * (1 / sum(a) + 1 / sum(b)), rel=0.25)
+
+
+def test_totals_by_the_hundred_thousand_take_no_memory_of_their_own():
+    """Sets of very different size: tables of all totals at once would take 800 MB."""
+    rng = np.random.default_rng(12)
+    reference, samples = rng.permutation(200_000)[:100_000] + 1, rng.integers(0, 3, 100_000)
+    sizes = 10**9, 20_000
+    tracemalloc.start()
+    p_values, _ = exact_test(reference, samples, *sizes, 0.05)
+    assert tracemalloc.get_traced_memory()[1] < 150 << 20
+    tracemalloc.stop()
+    for k in rng.integers(0, 100_000, 20):
+        table = [[samples[k], sizes[1] - samples[k]], [reference[k], sizes[0] - reference[k]]]
+        assert p_values[k] == pytest.approx(stats.fisher_exact(table)[1], rel=1e-6)
 
 
 def situations():

@@ -1,16 +1,21 @@
 """Passes over partitions: the same result however the set is cut, and what is kept of partitions is not read again."""
 
-from types import SimpleNamespace
+import json
+from dataclasses import replace
 
+import cloudpickle
 import numpy as np
 import pytest
+from scipy.spatial.distance import cdist
 
 from data.errors import UserError
-from data.partitions import MemoryPartitions, position
-from eval.bins import BinCounts, BinSettings, fit_bins, label_bins
-from eval.comparison import judge
+from data.partitions import MemoryPartitions, Piece, position
+from eval.bins import BinCounts, Bins, BinSettings, CentreSums, fit_bins, label_bins
+from eval.comparison import Comparison, judge_set
+from eval.comparison_report import row_sections, scores_table
 from eval.evaluate import Rule
-from eval.measure import View, local_pass
+from eval.features import Extractor
+from eval.measure import View, local_pass, observe_partition
 from eval.observed import Extent, Nearest, Observed, Sketch, Spread, sample_ids
 from eval.reference import Reference, fit_reference
 from eval.scores import ScoreSettings, Summary, parse_scores
@@ -44,7 +49,7 @@ def test_blocks_do_not_matter(monkeypatch):
     once = local_pass(whole)(observers)
     monkeypatch.setattr("eval.measure._BLOCK_ROWS", 1)
     monkeypatch.setattr(MemoryPartitions, "pieces", lambda self, number: (
-        SimpleNamespace(x=self.x[i : i + 64], label=None, start=i) for i in range(0, len(self.x), 64)
+        Piece(self.x[i : i + 64], None, i, list) for i in range(0, len(self.x), 64)
     ))  # fmt: skip
     pieces = local_pass(whole)(observers)
     np.testing.assert_array_equal(once["bins"].counts, pieces["bins"].counts)
@@ -118,7 +123,8 @@ def test_a_set_that_shrank_reads_nothing_again(tmp_path, monkeypatch, removed):
 
     def judged(chosen, store):
         few = MemoryPartitions(parts.x[chosen], name="few", scale="0..1")
-        few.keys = [f"content {first}" for first in chosen[::100]]
+        few.keys = few.seeds = [f"content {first}" for first in chosen[::100]]
+        few.lasting = True
         read = []
 
         def observe(*arguments):
@@ -128,7 +134,7 @@ def test_a_set_that_shrank_reads_nothing_again(tmp_path, monkeypatch, removed):
             return found
 
         over = local_pass(few, observe=observe)
-        row = judge(few, over, reference, name="few", rule=Rule(), scores=ScoreSettings(subsample=50), stored=True)
+        row = judge_set(few, over, reference, name="few", rule=Rule(), scores=ScoreSettings(subsample=50), stored=True)
         return row.to_dict(), sum(map(bool, read))
 
     everything = np.arange(600)
@@ -142,6 +148,9 @@ def test_a_set_that_shrank_reads_nothing_again(tmp_path, monkeypatch, removed):
 def test_a_damaged_store_is_named(tmp_path):
     parts = samples(n=100)
     observers = {"extent": Extent()}
+    with pytest.raises(UserError, match="leave out --store"):  # other samples in memory would have the same keys
+        observe_stored(parts, 0, View(), observers, str(tmp_path))
+    parts.lasting = True
     observe_stored(parts, 0, View(), observers, str(tmp_path))
     next(tmp_path.iterdir()).write_bytes(b"broken")
     with pytest.raises(UserError, match="remove it"):
@@ -159,7 +168,7 @@ def test_a_reference_is_kept_whole(tmp_path, monkeypatch):
     other = samples(n=500, seed=3)
 
     def judged(by):
-        row = judge(other, local_pass(other), by, name="x", rule=Rule(3.0), scores=ScoreSettings(subsample=60))
+        row = judge_set(other, local_pass(other), by, name="x", rule=Rule(3.0), scores=ScoreSettings(subsample=60))
         return row.to_dict()
 
     assert judged(loaded) == judged(reference)
@@ -194,7 +203,7 @@ def test_samples_that_cannot_be_judged_are_refused(spoilt, words):
     reference = fit_reference(known, local_pass(known), [SETTINGS], ScoreSettings(subsample=50))
     bad = MemoryPartitions(spoilt(known.x).astype(np.float32), name="gan", scale="0..1")
     with pytest.raises(UserError, match=words) as caught:
-        judge(bad, local_pass(bad), reference, name="gan", rule=Rule(), scores=ScoreSettings(subsample=50))
+        judge_set(bad, local_pass(bad), reference, name="gan", rule=Rule(), scores=ScoreSettings(subsample=50))
     assert "gan" in str(caught.value)
 
 
@@ -204,9 +213,144 @@ def test_constant_features_and_constant_samples_have_scores():
     known = MemoryPartitions(x, name="k", scale="0..1")
     reference = fit_reference(known, local_pass(known), [SETTINGS], ScoreSettings(subsample=50))
     same = MemoryPartitions(np.repeat(x[:1], 300, 0), name="same", scale="0..1")
-    row = judge(same, local_pass(same), reference, name="same", rule=Rule(), scores=ScoreSettings(subsample=50))
+    row = judge_set(same, local_pass(same), reference, name="same", rule=Rule(), scores=ScoreSettings(subsample=50))
     assert row.evaluation.result.ndb == 7
-    assert all(np.isfinite(score.value) for score in row.scores)
+    assert all(np.isfinite(score.value) for score in row.scores if score.reason is None)
+    untaken = {score.name: score.reason for score in row.scores if score.reason}
+    assert set(untaken) == {"Inception score", "MODE score", "classes reached", "memorised", "data-copying z"}
+
+
+def test_a_score_that_cannot_be_taken_aborts_no_other():
+    """Nine samples, a reference fitted without FID: the reasons are told; named one by one, they are errors."""
+    known, few = samples(), MemoryPartitions(samples(seed=2).x[:9], name="few", scale="0..1")
+    reference = fit_reference(known, local_pass(known), [SETTINGS], ScoreSettings(("kid", "sharpness"), 50))
+
+    def judged(*names, explicit=False):
+        scores = ScoreSettings(names, 50, explicit=explicit)
+        return judge_set(few, local_pass(few), reference, name="few", rule=Rule(), scores=scores)
+
+    row = judged("fid", "kid", "sharpness", "memorisation")
+    told = {score.name: score.words for score in row.scores}
+    assert "fitted without it" in told["Fréchet distance (pixels)"]
+    assert "at least 10 samples of each are needed, got 50 and 9" in told["KID"]
+    assert "samples are not at hand" in told["memorised"]
+    assert row.scores[2].name == "sharpness"
+    assert np.isfinite(row.scores[2].value)
+    cells = scores_table(Comparison(reference, [row])).rows
+    assert [row[2] for row in cells[:2]] == ["not taken"] * 2
+    assert "not taken: at least 10" in cells[1][-1]
+    json.dumps(row.to_dict(), allow_nan=False)
+    with pytest.raises(UserError, match="few: kid: at least 10"):
+        judged("sharpness", "kid", explicit=True)
+    wide = MemoryPartitions(np.zeros((20, 8193), np.float32) + np.arange(20)[:, None], name="wide", scale="0..1")
+    reference = fit_reference(wide, local_pass(wide), [BinSettings(n_bins=2, n_init=1)], ScoreSettings(subsample=10))
+    row = judge_set(wide, local_pass(wide), reference, name="w", rule=Rule(), scores=ScoreSettings(subsample=10))
+    told = {score.name: score.words for score in row.scores}
+    assert "up to 8192 features" in told["Fréchet distance (pixels)"]
+    assert "no images" in told["sharpness"]
+    assert "10 samples" in told["precision"]
+
+
+def test_the_table_tells_how_each_set_was_scored():
+    scores = ScoreSettings(("manifold", "memorisation"), 100)
+    known = samples()
+    reference = fit_reference(known, local_pass(known), [SETTINGS], scores)
+    sets = {"large": samples(seed=2), "small": samples(60, seed=3)}
+    rows = [
+        judge_set(x, local_pass(x), reference, name=name, rule=Rule(), scores=scores) for name, x in sets.items()
+    ]
+    cells = {row[0]: row for row in scores_table(Comparison(reference, rows)).rows}
+    assert cells["recall"][-1] == (
+        "large: 100 and 100 samples, 3 neighbours; small: 100 and 60 samples, 3 neighbours"
+    )
+    assert "/" in cells["recall"][-2]
+    assert cells["memorised"][2:4] == ["not taken", "not taken"]
+    assert cells["memorised"][-1].startswith("not taken: the reference's samples")
+
+
+def test_two_parts_of_the_reference_score_as_a_perfect_model_does():
+    """Against 20 perfect models the reference's own parts lie within 5 of their spreads (the seed is fixed)."""
+    rng = np.random.default_rng(0)
+    scores = ScoreSettings(("kid", "manifold", "transport"), 400)
+    known = MemoryPartitions(rng.normal(size=(400, 4)).astype(np.float32), name="known", scale="0..1")
+    reference = fit_reference(known, local_pass(known), [BinSettings(n_bins=2, n_init=1)], scores)
+    found = []
+    for _ in range(20):
+        perfect = MemoryPartitions(rng.normal(size=(100, 4)).astype(np.float32), name="p", scale="0..1")
+        found.append(judge_set(perfect, local_pass(perfect), reference, name="p", rule=Rule(), scores=scores).scores)
+    for own in zip(*found):
+        values = np.array([score.value for score in own])
+        assert len({score.itself for score in own}) == 1
+        if own[0].name != "KID":
+            assert "300 and 100 samples" in own[0].itself_protocol
+            assert "400 and 100 samples" in own[0].protocol
+        assert abs(own[0].itself - values.mean()) < 5 * values.std(), own[0].name
+    epsilon = {score.protocol.split("ε = ")[1].split(" ")[0] for score in (row[-1] for row in found)}
+    assert len(epsilon) == 1  # of the reference alone
+    kid = found[0][0]
+    assert "subsets of 50" in kid.protocol
+    assert kid.error > 0
+
+
+def looked(n, labels, of_labels, seed=0):
+    """A set seen by a classifier of seven classes that looks at the first pixels."""
+    parts = samples(n, seed)
+    parts.labels = labels
+    classifier = Extractor("c", "c", "f" * 64, lambda x: (x[:, 0, 0], 9 * x[:, 0, :2].reshape(len(x), -1) @ np.ones(
+        (2, 1)) * np.arange(7)), of_labels=of_labels)  # fmt: skip
+    return parts, local_pass(parts, View(classifier=classifier))
+
+
+@pytest.mark.parametrize(("labels", "of_labels", "words"), [
+    (np.arange(300) % 7, True, "from labels"),
+    (np.arange(300) % 7, False, "from the classifier's predictions"),
+    (None, True, "from the classifier's predictions"),
+    (np.arange(300) % 6, True, "1 of 7 classes are absent"),
+    (np.arange(300) % 9, True, "labels reach 8, the classifier knows 7"),
+    (np.arange(300) % 7 - (np.arange(300) < 7), True, "1 of 300 reference samples have no label"),
+])  # fmt: skip
+def test_the_mode_score_s_label_distribution(labels, of_labels, words):
+    """Labels count where they are the classifier's classes (an ImageNet network knows nothing of ours)."""
+    scores = ScoreSettings(("classes",), 50)
+    known, over = looked(300, labels, of_labels)
+    reference = fit_reference(known, over, [SETTINGS], scores)
+    row = judge_set(*looked(200, None, of_labels, 1), reference, name="x", rule=Rule(), scores=scores)
+    found = {score.name: score for score in row.scores}
+    assert words in found["MODE score"].words
+    assert found["Inception score"].value >= 1
+    if labels is not None and not of_labels:
+        assert not len(reference.summary.labels)
+
+
+def test_bins_of_classes_keep_who_labelled_them(tmp_path):
+    known, over = looked(300, np.arange(300) % 7, True)
+    by_classifier = label_bins(over, SETTINGS, name="k", fingerprint="f").bins[0]
+    given = label_bins(local_pass(known), SETTINGS, name="k", fingerprint="f").bins[0]
+    assert (by_classifier.labelled_by.name, given.labelled_by.name) == ("c", "given")
+    given.save(str(tmp_path))
+    assert Bins.load(str(tmp_path)).fingerprint == given.fingerprint
+    assert replace(given, labelled_by=by_classifier.labelled_by).fingerprint != given.fingerprint
+    with pytest.raises(UserError, match="labelled by given .*, the samples by c "):
+        over({"bins": BinCounts(given)})
+    for spoilt, words in ((np.full(300, 10**6), "below 1,000,000"), (np.arange(300) % 7 - 1, "43 of 300 .* no label")):
+        parts = looked(300, spoilt, True)[0]
+        with pytest.raises(UserError, match=words):
+            label_bins(local_pass(parts), SETTINGS, name="k")
+
+
+def test_nearest_pairs_need_no_held_out_data():
+    known, copied = samples(), samples(seed=4)
+    copied.x[7] = known.x[11]
+    scores = ScoreSettings(("memorisation",), 50)
+    reference = fit_reference(known, local_pass(known), [SETTINGS], scores)
+    row = judge_set(
+        *(copied, local_pass(copied), reference),
+        name="x", rule=Rule(), scores=scores, over_reference=local_pass(known),
+    )  # fmt: skip
+    assert "--held-out" in row.scores[0].words
+    nearest = int(np.argmin(row.copies.distances))
+    assert (row.copies.samples[nearest], row.copies.reference[nearest]) == (7, 11)
+    assert [section.title for section in row_sections(Comparison(reference, [row]), row)][-1] == "Copies? x"
 
 
 def test_names_of_scores():
@@ -215,3 +359,47 @@ def test_names_of_scores():
     with pytest.raises(UserError, match="unknown scores fdi"):
         parse_scores("fdi")
     assert Summary(ScoreSettings(parse_scores("none"))).sketch is None
+
+
+def test_results_do_not_carry_the_bins_back():
+    """K = 2,000 bins of 3,000 features are 24 MB; what 50 samples found of them is the sums of 50 rows at most."""
+    rng = np.random.default_rng(0)
+    x = rng.random((50, 3000), np.float32)
+    start = rng.random((2000, 3000), np.float32)
+    parts = MemoryPartitions(x, name="x", scale="0..1")
+    settings = BinSettings(n_bins=2000)
+    counts, dimensions = np.ones(2000, np.int64), np.arange(3000)
+    bins = Bins(start, dimensions, None, counts, (3000,), (0, 1), 0.5, settings, 2000, "x", "f")
+    observers = {"sums": CentreSums(start, dimensions, None), "counts": BinCounts(bins), "near": Nearest(start)}
+    found = observe_partition(parts, 0, View(), observers)
+    sizes = {name: len(cloudpickle.dumps(each)) for name, each in found.items()}
+    assert sizes["sums"] < 50 * 3000 * 8 + 50_000
+    assert sizes["counts"] < 60_000
+    assert sizes["near"] < 60_000
+    whole = local_pass(parts)(observers)
+    nearest = cdist(x, start).argmin(1)
+    np.testing.assert_array_equal(whole["counts"].counts, np.bincount(nearest, minlength=2000))
+    means = start.copy()
+    for k in np.unique(nearest):
+        means[k] = x[nearest == k].mean(0, dtype=np.float64)
+    np.testing.assert_allclose(whole["sums"].means(), means, rtol=1e-6)
+    assert not observers["sums"].counts.any()
+
+
+def test_a_saved_reference_keeps_few_pictures_and_none_of_vectors(tmp_path, monkeypatch):
+    """Reading them back may cost a request each: their number is bounded whatever the number of bins."""
+    monkeypatch.setattr("eval.bins.PICTURED", 20)
+    monkeypatch.setattr("eval.reference.PICTURED", 20)
+    for name, shape, kept in (("images", (6, 5, 1), 20), ("vectors", (30,), 0)):
+        parts = samples(shape=shape)
+        read = []
+        fetch = parts.fetch
+        parts.fetch = lambda positions, fetch=fetch, read=read: read.extend(positions) or fetch(positions)
+        settings = [BinSettings(n_bins=30, n_init=1)]
+        reference = fit_reference(parts, local_pass(parts), settings, ScoreSettings(()))
+        reference.save(str(tmp_path / name))
+        assert len(read) == kept
+        bins = Reference.load(str(tmp_path / name)).bins[0]
+        assert (bins.pictures is not None) == bool(kept)
+        found = Reference.load(str(tmp_path / name)).members(bins, np.arange(30))
+        assert sum(map(len, found)) == kept

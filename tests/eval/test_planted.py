@@ -88,36 +88,37 @@ def test_recall_where_few_of_the_nearest_are_left():
 
 
 def test_power_counts_alarms_beyond_the_threshold():
-    calibration, null = np.arange(39.0), np.array([36.0, 37.0, 38.0, 39.0])
-    thinned = np.array([[[40, 37.5], [0, 38]], [[40, 0], [0, 0]], [[40, 0], [40, 0]], [[40, 0], [40, 0]]])
+    """Of 40 untouched values the worst two alarm: 38 and 39; the threshold for all other splits is 38, for these 37."""
+    calibration, null = np.arange(36.0), np.array([36.0, 37.0, 38.0, 39.0])
+    thinned = np.array([[[40, 38], [0, 38]], [[40, 0], [0, 0]], [[40, 38], [0, 0]], [[40, 0], [40, 37]]])
     found = power_of(Measure("x"), 0.05, calibration, null, thinned)
-    assert (found.threshold, found.nominal, found.false_alarms) == (37.0, 0.05, 0.5)
-    assert found.class_rates == [[1.0, 0.25], [0.5, 0.25]]
-    assert found.rates == [0.75, 0.25]
-    assert found.class_errors[1][0] == pytest.approx(np.sqrt(0.25 / 4))
-    assert found.errors[0] == pytest.approx(np.std([0.5, 0.5, 1, 1]) / 2)
-    assert found.false_alarm_error == pytest.approx(stats.betabinom(4, 2, 38).std() / 4)
+    assert (found.threshold, found.nominal, found.false_alarms) == (37.5, 0.05, 0.5)
+    assert found.class_rates == [[1.0, 0.25], [0.25, 0.0]]
+    assert found.rates == [0.625, 0.125]
+    assert found.class_errors[1][0] == pytest.approx(np.sqrt(0.25 * 0.75 / 4))
+    assert found.errors[0] == pytest.approx(np.std([0.5, 0.5, 0.5, 1]) / 2)
+    assert found.false_alarm_error == pytest.approx(stats.hypergeom(40, 2, 4).std() / 4)
     downwards = power_of(Measure("x", -1), 0.05, -calibration, -null, -thinned)
-    assert downwards.rates == found.rates
-    assert downwards.threshold == -37
+    assert (downwards.rates, downwards.threshold) == (found.rates, -37.5)
     test = power_of(Measure("x", calibrated=False), 0.05, np.zeros(39), np.array([0, 0, 0, 1.0]), thinned)
     assert (test.n_null, test.false_alarms, test.nominal) == (43, 1 / 43, 0.05)
-    with pytest.raises(UserError, match="18 splits cannot calibrate"):
-        allowed(18, 0.05)
-    assert allowed(19, 0.05) == 1
+    with pytest.raises(UserError, match="19 splits cannot calibrate"):
+        allowed(19, 0.05)
+    assert allowed(20, 0.05) == 1
 
 
 def test_threshold_holds_its_level():
-    """2,000 studies of 20 judged splits: 40,000 alarms of one in 20, the threshold's own chance included."""
+    """2,000 studies of 20 judged splits: one in 20 untouched sets may alarm, and one in 20 new ones."""
     rng = np.random.default_rng(3)
-    rates, errors = [], []
-    for _ in range(2000):
-        found = power_of(Measure("x"), 0.05, rng.normal(size=39), rng.normal(size=20), np.zeros((20, 1, 1)))
-        rates.append(found.false_alarms)
-        errors.append(found.false_alarm_error)
+    studies = [
+        power_of(Measure("x"), 0.05, *rng.normal(size=(2, 20)), rng.normal(size=(20, 3, 1))) for _ in range(2000)
+    ]
+    rates, error = np.array([found.false_alarms for found in studies]), studies[0].false_alarm_error
     # Five standard errors: odds below 1e-6. The spread over studies is the error that each of them states.
-    assert abs(np.mean(rates) - 0.05) < 5 * errors[0] / np.sqrt(2000)
-    assert np.std(rates) == pytest.approx(errors[0], rel=0.1)
+    assert abs(rates.mean() - 0.05) < 5 * error / np.sqrt(2000)
+    assert rates.std() == pytest.approx(error, rel=0.1)
+    new = np.array([found.rates[0] for found in studies])
+    assert abs(new.mean() - 0.05) < 5 * new.std() / np.sqrt(2000)
 
 
 def test_figure_shows_every_score():

@@ -100,10 +100,20 @@ def test_unusable_predictions_are_refused(p, ids, words):
         Predictions(2).update(p, np.asarray(ids))
 
 
+def test_splits_are_joined_where_they_would_be_small():
+    """1,000 numbers in 10 splits, 260 in 5 or 2, 30 in 1; one of the joined is that of its samples alone."""
+    p = np.random.default_rng(4).dirichlet(np.ones(4), 1000)
+    assert predicted(p).inception_score().splits == 10
+    few = predicted(p[:260])
+    found = few.inception_score()
+    assert found.splits in (2, 5)
+    assert few.counts.reshape(found.splits, -1).sum(1).min() >= 50
+    assert predicted(p[:30]).inception_score().mean == pytest.approx(predicted(p[:30], 1).inception_score().mean)
+
+
 def test_too_few_samples_and_unusable_references_are_refused():
     few = predicted(np.full((3, 2), 0.5))
-    with pytest.raises(ValueError, match="fewer splits"):
-        few.inception_score()
+    assert few.inception_score().splits == 1
     with pytest.raises(ValueError, match="every class"):
         few.mode_score(np.array([1, 0]))
     with pytest.raises(ValueError, match="2 classes"):
