@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 
 import typer
 
@@ -79,7 +80,9 @@ def serve(
 
     opened = open_model(model, tracking_uri)  # what cannot be served is told before anything starts
     limits = Limits(body_bytes=int(max_body_mb * 1e6), rows=max_rows)
-    with ray_session(None, 1), serving(opened.folder, model, host, port, token, limits) as wait:
-        print_fields(model=model, address=f"http://{host}:{port}", token="none" if token is None else "as set")
-        wait()
-    out_console.print("ended")
+    try:
+        with ray_session(None, 1), serving(opened.folder, model, host, port, token, limits):
+            print_fields(model=model, address=f"http://{host}:{port}", token="none" if token is None else "as set")
+            threading.Event().wait()
+    except KeyboardInterrupt:
+        out_console.print("ended")

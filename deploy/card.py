@@ -158,4 +158,4 @@ def _lineage(
         **{key.replace(".", " "): value for key, value in sorted(tags.items()) if key.startswith("promotion.")},
     }
     rows = [[name, value] for name, value in facts.items() if value]
-    return ReportSection("Lineage", table=ReportTable("Where it comes from", ["", ""], rows))
+    return ReportSection("Lineage", table=ReportTable("Where it comes from", ["what", "value"], rows))

@@ -5,8 +5,7 @@ from __future__ import annotations
 import ipaddress
 import logging
 import socket
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from data.errors import UserError, one_line
@@ -44,10 +43,8 @@ def _is_loopback(host: str) -> bool:
 
 
 @contextmanager
-def serving(
-    place: str, label: str, host: str, port: int, token: str | None, limits: Limits
-) -> Iterator[Callable[[], None]]:
-    """Serves a model's folder while inside; yields what waits until it is interrupted, and then just returns.
+def serving(place: str, label: str, host: str, port: int, token: str | None, limits: Limits) -> Iterator[None]:
+    """Serves a model's folder while inside.
 
     Needs a Ray session of this process's own, with which Serve ends. Requests that are being answered get their answer.
 
@@ -67,11 +64,7 @@ def serving(
     except Exception as error:
         raise UserError(f"the server did not start: {one_line(error)}") from error
 
-    def wait() -> None:
-        with suppress(KeyboardInterrupt):
-            threading.Event().wait()
-
     try:
-        yield wait
+        yield
     finally:
         serve.delete(_NAME)

@@ -114,14 +114,25 @@ def test_registering_again_after_a_crash_gives_the_same_version(finished_job):
     assert again.version == finished_job.summary["model_version"]
 
 
-def test_version_carries_scores_and_data(finished_job):
+def test_version_carries_scores_and_data(finished_job, tmp_path):
+    from cluster.promotion import Protocol, promote
+    from deploy.registry import fetch_artifacts
+    from eval.reference import Reference
     from trainer.tracking import mlflow_client
 
     client = mlflow_client(finished_job.uri)
     version = client.get_model_version_by_alias("digits-mfa", "candidate")
     assert float(version.tags["ndb"]) == finished_job.summary["metrics"]["ndb"]
     assert len(version.tags["data.fingerprint"]) == 64
-    assert version.run_id == finished_job.summary["mlflow_run_id"]
+    assert version.run_id == version.tags["run"] == finished_job.summary["mlflow_run_id"]
+    assert len(version.tags["recipe.fingerprint"]) == 64
+    kept = fetch_artifacts(version.run_id, "reference", str(tmp_path), finished_job.uri)
+    known = finished_job.summary["models"][-1]["protocol"]["bins_fingerprint"]
+    assert Reference.load(kept).bins[0].fingerprint == known
+    outcome = promote("digits-mfa", Protocol(), target="first", tracking_uri=finished_job.uri)
+    assert outcome.promoted
+    again = promote("digits-mfa", Protocol(n=500), source="first", target="candidate", tracking_uri=finished_job.uri)
+    assert "already" in again.notes[0]
 
 
 def test_mlflow_s_addresses_are_put_back(finished_job, tmp_path, monkeypatch):
