@@ -162,7 +162,7 @@ def test_served_where_there_is_only_mlflow_torch_and_numpy(job, tmp_path):
         assert out[str(n)] == [[n, 10], [n, 128]]
     x = np.linspace(0, 1, 64_000, dtype=np.float32).reshape(1000, 64)[:5]
     assert np.allclose(out["values"], open_classifier(str(job.folder)).probabilities(x), atol=1e-6)
-    assert "probabilities or features" in out["refused"]
+    assert "this model can do probabilities, features" in out["refused"]
 
 
 @pytest.mark.parametrize(
