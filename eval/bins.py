@@ -232,6 +232,8 @@ def fit_bins(
         "spread": Spread(), "sketch": Sketch(first.max_samples, n, first.seed), **(also or {})
     })  # fmt: skip
     spread, points = look["spread"], look["sketch"].features()
+    if not (spread.squares > 0).any():
+        raise UserError(f"{name}: all samples are alike there: take another reference, or other --features")
     std = spread.std() if first.whiten else None
     starts = []
     for each in settings:

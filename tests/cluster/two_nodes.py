@@ -244,7 +244,7 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        Path(sys.argv[1]).mkdir(parents=True, exist_ok=True)
+        Path(sys.argv[1]).mkdir(parents=True)  # a new one: what an earlier trial left would be in the way
         main(Path(sys.argv[1]).resolve())
     else:
         with tempfile.TemporaryDirectory() as temporary:

@@ -117,6 +117,8 @@ def test_refuses_what_it_cannot_bin(reference):
     broken[17, 0] = np.nan
     with pytest.raises(UserError, match="blobs: .*NaN"):
         fitted(broken)
+    with pytest.raises(UserError, match="blobs: all samples are alike"):
+        fitted(np.ones((40, 4)))
     with pytest.raises(UserError, match="numbers of one shape"):
         fitted(np.array([["a", "b"]]))
     with pytest.raises(ValidationError):
