@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import posixpath
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -20,84 +23,125 @@ if TYPE_CHECKING:
     from eval.comparison import Comparison
 
 PLACES = "shards, a folder of images, a .npy/.npz file, models:/NAME@ALIAS or a run"
-REFERENCE = typer.Option(..., "--reference", help="the data to cover, in the same forms, or what `reference` left")
-BINS = typer.Option("100", "--bins", help="K-means bins, as 100 or 100,200,300; or `labels`: the classes")
-Z = typer.Option(None, "--z-threshold", help="a bin differs where |z| exceeds this")
-P = typer.Option(None, "--significance", help="... or where p is below this (default 0.05)")
-SEED = typer.Option(0, "--seed", min=0, max=MAX_SEED, help="fixes the bins, subsets, and the samples of a model")
-N = typer.Option(10_000, "-n", min=1, max=MAX_DRAWN, help="samples drawn from a model")
-SPLIT = typer.Option("test", "--split", help="split of SAMPLES, where it is a pack")
-REFERENCE_SPLIT = typer.Option("train", "--reference-split", help="split of REF, where it is a pack")
-SIZE = typer.Option(None, "--size", min=1, max=MAX_SIDE, help="crop and resize images to so many pixels")
-GREY = typer.Option(None, "--grey/--rgb", help="turn images grey, or to RGB (default: as they are)")
-MAX_SAMPLES = typer.Option(None, "--max-samples", min=2, help="random subset that K-means is fitted to")
-MAX_DIMENSIONS = typer.Option(None, "--max-dimensions", min=1, help="random subset of the features")
-N_INIT = typer.Option(10, "--n-init", min=1, help="K-means initialisations")
-WHITEN = typer.Option(False, "--whiten", help="divide by the reference's standard deviation")
-SCORES = typer.Option(
-    "all", "--scores", help="all, none, or some of fid,kid,manifold,transport,sharpness,classes,memorisation"
+# Options that several commands share, by the name of their parameter; `_shared` gives them to a command.
+_OPTIONS: dict[str, tuple[type, Any]] = {
+    "bins": (str, typer.Option("100", "--bins", help="K-means bins, as 100 or 100,200,300; or `labels`: the classes")),
+    "z_threshold": (float, typer.Option(None, "--z-threshold", help="a bin differs where |z| exceeds this")),
+    "significance": (float, typer.Option(None, "--significance", help="... or where p is below this (default 0.05)")),
+    "scores": (
+        str,
+        typer.Option(
+            "all", "--scores", help="all, none, or some of fid,kid,manifold,transport,sharpness,classes,memorisation"
+        ),
+    ),
+    "features": (
+        str,
+        typer.Option(
+            "pixels",
+            "--features",
+            help="pixels, inception:FILE, torchscript:FILE, onnx:FILE, module:FILE.py:NAME or classifier:MODEL",
+        ),
+    ),
+    "classifier": (
+        str,
+        typer.Option(None, "--classifier", help="an extractor that classifies, for Inception and MODE score"),
+    ),
+    "held_out": (
+        str,
+        typer.Option(
+            None, "--held-out", help="data nobody trained on, for the search for copies (default: REF's test split)"
+        ),
+    ),
+    "density": (str, typer.Option(None, "--density", help="a model (as above): how likely are SAMPLES under it?")),
+    "seed": (
+        int,
+        typer.Option(0, "--seed", min=0, max=MAX_SEED, help="fixes the bins, subsets, and the samples of a model"),
+    ),
+    "n": (int, typer.Option(10_000, "-n", min=1, max=MAX_DRAWN, help="samples drawn from a model")),
+    "split": (str, typer.Option("test", "--split", help="split of SAMPLES, where it is a pack")),
+    "reference_split": (str, typer.Option("train", "--reference-split", help="split of REF, where it is a pack")),
+    "size": (int, typer.Option(None, "--size", min=1, max=MAX_SIDE, help="crop and resize images to so many pixels")),
+    "grey": (bool, typer.Option(None, "--grey/--rgb", help="turn images grey, or to RGB (default: as they are)")),
+    "max_samples": (int, typer.Option(None, "--max-samples", min=2, help="random subset that K-means is fitted to")),
+    "max_dimensions": (int, typer.Option(None, "--max-dimensions", min=1, help="random subset of the features")),
+    "n_init": (int, typer.Option(10, "--n-init", min=1, help="K-means initialisations")),
+    "whiten": (bool, typer.Option(False, "--whiten", help="divide by the reference's standard deviation")),
+    "subsample": (
+        int,
+        typer.Option(
+            None, "--subsample", min=10, help="random samples for scores of pairs (default: 5000, or as REF was fitted)"
+        ),
+    ),
+    "workers": (int, typer.Option(None, "--workers", min=1, help="share the passes among so many Ray workers")),
+    "ray_address": (str, RAY),
+    "gpus_per_task": (float, typer.Option(0.0, "--gpus-per-task", min=0, help="GPUs that a Ray task reserves")),
+    "store": (
+        str,
+        typer.Option(None, "--store", help="folder that keeps statistics: only new data is read next time"),
+    ),
+    "as_json": (bool, typer.Option(False, "--json", help="print one JSON object and nothing else")),
+    "report": (
+        str,
+        typer.Option(None, "--report", help="write an HTML report to this file, and a JSON file beside it"),
+    ),
+    "tracking_uri": (str, TRACKING),
+}
+_RUN = ("workers", "ray_address", "gpus_per_task", "tracking_uri")
+_READ = ("seed", "n", "size", "grey")
+_FIT = (
+    *("bins", "scores", "features", "classifier", "reference_split"),
+    *("max_samples", "max_dimensions", "n_init", "whiten", "subsample"),
 )
-SUBSAMPLE = typer.Option(
-    None, "--subsample", min=10, help="random samples for scores of pairs (default: 5000, or as REF was fitted)"
+_JUDGE = (
+    *("z_threshold", "significance", "split", "held_out", "density", "store", "as_json", "report"),
+    *_FIT,
+    *_READ,
+    *_RUN,
 )
-FEATURES = typer.Option(
-    "pixels",
-    "--features",
-    help="pixels, inception:FILE, torchscript:FILE, onnx:FILE, module:FILE.py:NAME or classifier:MODEL",
-)
-CLASSIFIER = typer.Option(None, "--classifier", help="an extractor that classifies, for Inception and MODE score")
-HELD_OUT = typer.Option(
-    None, "--held-out", help="data nobody trained on, for the search for copies (default: the test split of REF)"
-)
-DENSITY = typer.Option(None, "--density", help="a model (as above): how likely are SAMPLES under it?")
-WORKERS = typer.Option(None, "--workers", min=1, help="share the passes among so many Ray workers")
-GPUS = typer.Option(0.0, "--gpus-per-task", min=0, help="GPUs that a Ray task reserves")
-JSON = typer.Option(False, "--json", help="print one JSON object and nothing else")
-REPORT = typer.Option(None, "--report", help="write an HTML report to this file, and a JSON file beside it")
-STORE = typer.Option(None, "--store", help="folder that keeps statistics: only new data is read next time")
 
 
+def _shared(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command some of `_OPTIONS` beside its own; it gets the values of all of them as `given`."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "given"]
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        more = [
+            inspect.Parameter(name, kind, default=option, annotation=type_)
+            for name, (type_, option) in ((name, _OPTIONS[name]) for name in names)
+        ]
+
+        @functools.wraps(command)
+        def called(**values: Any) -> None:
+            command(**{p.name: values[p.name] for p in own}, given={**_defaults(), **values})
+
+        # What typer reads; annotations are types here, and not the texts that they are in the command.
+        vars(called)["__signature__"] = inspect.Signature([*own, *more])
+        called.__annotations__ = {p.name: p.annotation for p in (*own, *more)}
+        return called
+
+    return decorate
+
+
+def _defaults() -> dict[str, Any]:
+    return {name: option.default for name, (_, option) in _OPTIONS.items()}
+
+
+@_shared(*_JUDGE)
 def evaluate(
     samples: str = typer.Argument(help=PLACES),
-    reference: str = REFERENCE,
-    bins: str = BINS,
-    z_threshold: float = Z,
-    significance: float = P,
-    scores: str = SCORES,
-    features: str = FEATURES,
-    classifier: str = CLASSIFIER,
-    held_out: str = HELD_OUT,
-    density: str = DENSITY,
-    seed: int = SEED,
-    n: int = N,
-    split: str = SPLIT,
-    reference_split: str = REFERENCE_SPLIT,
-    size: int = SIZE,
-    grey: bool = GREY,
-    max_samples: int = MAX_SAMPLES,
-    max_dimensions: int = MAX_DIMENSIONS,
-    n_init: int = N_INIT,
-    whiten: bool = WHITEN,
-    subsample: int = SUBSAMPLE,
-    workers: int = WORKERS,
-    ray_address: str = RAY,
-    gpus_per_task: float = GPUS,
+    reference: str = typer.Option(
+        ..., "--reference", help="the data to cover, in the same forms, or what `reference` left"
+    ),
     per_sample: str = typer.Option(None, "--per-sample", help="folder for Parquet files: bin and distance"),
     export_missing: str = typer.Option(None, "--export-missing", help="folder for REF's samples of the missing bins"),
-    store: str = STORE,
-    as_json: bool = JSON,
-    report: str = REPORT,
-    tracking_uri: str = TRACKING,
+    *,
+    given: dict[str, Any],
 ) -> None:
     """Scores samples against a reference: which modes are missing? NDB, JS, FID, precision, copies, ..."""
-    given = dict(locals())
-    _check_report(report)
-    comparison, seconds = _compare([samples], given)
+    comparison = _compare([samples], given)
     row = comparison.rows[0]
-    _warn(comparison)
-    if report:
-        _write_report(report, comparison, seconds)
-    if as_json:
+    if given["as_json"]:
         print(json.dumps(row.to_dict()))
         return
     result = row.evaluation.result
@@ -115,42 +159,18 @@ def evaluate(
         samples=f"{result.n_samples:,} of {samples}",
         reference=f"{result.n_reference:,} of {reference}",
         scale=row.evaluation.protocol["scale"],
-        **({"report": report} if report else {}),
+        **({"report": given["report"]} if given["report"] else {}),
     )
 
 
+@_shared(*_JUDGE)
 def compare(
     samples: list[str] = typer.Argument(help=PLACES + "; or JSON files that `evaluate --json` printed"),
     reference: str = typer.Option(None, "--reference", help="the data to cover, or what `reference` left"),
-    bins: str = BINS,
-    z_threshold: float = Z,
-    significance: float = P,
-    scores: str = SCORES,
-    features: str = FEATURES,
-    classifier: str = CLASSIFIER,
-    held_out: str = HELD_OUT,
-    density: str = DENSITY,
-    seed: int = SEED,
-    n: int = N,
-    split: str = SPLIT,
-    reference_split: str = REFERENCE_SPLIT,
-    size: int = SIZE,
-    grey: bool = GREY,
-    max_samples: int = MAX_SAMPLES,
-    max_dimensions: int = MAX_DIMENSIONS,
-    n_init: int = N_INIT,
-    whiten: bool = WHITEN,
-    subsample: int = SUBSAMPLE,
-    workers: int = WORKERS,
-    ray_address: str = RAY,
-    gpus_per_task: float = GPUS,
-    store: str = STORE,
-    as_json: bool = JSON,
-    report: str = REPORT,
-    tracking_uri: str = TRACKING,
+    *,
+    given: dict[str, Any],
 ) -> None:
     """Scores several models or sets side by side against one reference; earlier results only by the same bins."""
-    given = dict(locals())
     if all(name.endswith(".json") for name in samples):
         from cluster.scoring import saved_table
 
@@ -158,59 +178,41 @@ def compare(
         return
     if reference is None:
         raise UserError("name the data to cover by --reference")
-    _check_report(report)
-    comparison, seconds = _compare(samples, given)
-    _warn(comparison)
-    if report:
-        _write_report(report, comparison, seconds)
-    if as_json:
+    comparison = _compare(samples, given)
+    if given["as_json"]:
         print(json.dumps([row.to_dict() for row in comparison.rows]))
         return
     from eval.comparison_report import bins_table
 
     print_table(bins_table(comparison))
     _print_scores(comparison)
-    if report:
-        print_fields(report=report)
+    if given["report"]:
+        print_fields(report=given["report"])
 
 
+@_shared(*_FIT, *_READ, *_RUN)
 def reference(
     reference: str = typer.Argument(help=PLACES),
     out: str = typer.Option(..., "--out", help="folder or URL for the fitted bins and statistics"),
-    bins: str = BINS,
-    scores: str = SCORES,
-    features: str = FEATURES,
-    classifier: str = CLASSIFIER,
-    seed: int = SEED,
-    n: int = N,
-    reference_split: str = REFERENCE_SPLIT,
-    size: int = SIZE,
-    grey: bool = GREY,
-    max_samples: int = MAX_SAMPLES,
-    max_dimensions: int = MAX_DIMENSIONS,
-    n_init: int = N_INIT,
-    whiten: bool = WHITEN,
-    subsample: int = SUBSAMPLE,
-    workers: int = WORKERS,
-    ray_address: str = RAY,
-    gpus_per_task: float = GPUS,
-    tracking_uri: str = TRACKING,
+    *,
+    given: dict[str, Any],
 ) -> None:
     """Fits bins and statistics to a reference once, so that every later evaluation uses the same yardstick."""
     from cluster.progress import Stages
     from cluster.scoring import reference_of, running
     from data import storage
 
-    given = dict(locals())
     place = storage.check_url(out)
+    known = _taking(given, given["reference_split"], 1)
     with running(_looking(given), Stages()) as runner:
-        fitted, _ = reference_of(runner, reference, _taking(given, reference_split, 1), _options(given))
+        fitted, _ = reference_of(runner, reference, known, _options(given))
         fitted.save(place)
     for each in fitted.bins:
         print_fields(bins=f"{len(each.counts)} over {each.n_reference:,} samples, fingerprint {each.fingerprint}")
     print_fields(reference=place)
 
 
+@_shared("features", "classifier", "split", "as_json", *_READ, *_RUN)
 def watch(
     samples: str = typer.Argument(help=PLACES),
     reference: str = typer.Option(..., "--reference", help="what `reference` left"),
@@ -221,18 +223,8 @@ def watch(
         0.001, "--significance", min=1e-4, max=0.5,
         help="rate of false alarms, for a batch and for all together; half of it each for bins and for JS",
     ),
-    features: str = FEATURES,
-    classifier: str = CLASSIFIER,
-    split: str = SPLIT,
-    size: int = SIZE,
-    grey: bool = GREY,
-    seed: int = SEED,
-    n: int = N,
-    workers: int = WORKERS,
-    ray_address: str = RAY,
-    gpus_per_task: float = GPUS,
-    as_json: bool = JSON,
-    tracking_uri: str = TRACKING,
+    *,
+    given: dict[str, Any],
 ) -> None:
     """Watches for drift: scores a new batch by a fitted reference; exit code 3 where it, or all together, drifted.
 
@@ -244,16 +236,9 @@ def watch(
 
     if not is_reference(reference):
         raise UserError(f"{reference}: no fitted reference there: make one with `manymodes reference`")
-    given = {
-        **dict(locals()), "bins": "100", "scores": "none", "z_threshold": None, "held_out": None, "store": None,
-        "density": None,
-        "reference_split": "train", "max_samples": None, "max_dimensions": None, "n_init": 1, "whiten": False,
-        "subsample": None,
-    }  # fmt: skip
-    comparison, _ = _compare([samples], given)
-    _warn(comparison)
+    comparison = _compare([samples], {**given, "scores": "none"})
     batch, together = record(comparison.rows[0], Thresholds(significance, max_ndb, max_js), history)
-    if as_json:
+    if given["as_json"]:
         print(json.dumps({"batch": batch, "all": together}))
     else:
         table = Table("", "samples", "NDB (Holm)", "limit", "JS (nats)", "limit", "drift", box=None, pad_edge=False)
@@ -266,20 +251,14 @@ def watch(
         raise typer.Exit(3)
 
 
+@_shared("classifier", *_READ, *_RUN)
 def features(
     place: str = typer.Argument(help=PLACES),
     features: str = typer.Option(..., "--features", help="as for `evaluate`"),
     out: str = typer.Option(..., "--out", help="folder or URL for the pack of vectors"),
-    classifier: str = CLASSIFIER,
     split: str = typer.Option("test", "--split", help="splits of PLACE, as test or train,test"),
-    size: int = SIZE,
-    grey: bool = GREY,
-    seed: int = SEED,
-    n: int = N,
-    workers: int = WORKERS,
-    ray_address: str = RAY,
-    gpus_per_task: float = GPUS,
-    tracking_uri: str = TRACKING,
+    *,
+    given: dict[str, Any],
 ) -> None:
     """Writes the features of a set as a pack of vectors, in its order and with its labels, to be judged many times."""
     from cluster.feature_packs import write_features
@@ -287,7 +266,6 @@ def features(
     from cluster.scoring import open_set, running
     from data import storage
 
-    given = dict(locals())
     with running(_looking(given), Stages()) as runner:
         sets = {name: open_set(place, _taking(given, name)) for name in _parts(split)}
         manifest = write_features(runner, sets, place, storage.check_url(out))
@@ -295,6 +273,7 @@ def features(
     print_fields(pack=manifest.base, vectors=f"{manifest.shape[0]} features each; {counts}")
 
 
+@_shared("features", "seed", "size", "grey", "tracking_uri")
 def study(
     reference: str = typer.Argument(help="labelled data: a pack, a folder of images, a .npz file, or a source"),
     out: str = typer.Option(..., "--out", help="folder or URL for study.json, study.png and study.html"),
@@ -315,12 +294,9 @@ def study(
     by_class: str = typer.Option(
         None, "--by-class", help="the score that is also shown class by class (default: ndb_holm)"
     ),
-    features: str = FEATURES,
-    seed: int = SEED,
     split: str = typer.Option("test", "--split", help="split of REFERENCE, where it has splits"),
-    size: int = SIZE,
-    grey: bool = GREY,
-    tracking_uri: str = TRACKING,
+    *,
+    given: dict[str, Any],
 ) -> None:
     """Plants collapse in real data, one class at a time: how often does each score notice?"""
     from cluster.progress import Stages
@@ -337,12 +313,12 @@ def study(
         calibration=calibration,
         samples=samples,
         by_class=by_class,
-        seed=seed,
+        seed=given["seed"],
         measuring=Measuring(names, bins, n_init, subsample, level),
     )
     place, stages = storage.check_url(out), Stages()
-    taking = Taking(split=split, size=size, grey=grey, tracking_uri=tracking_uri)
-    found = run_study(reference, plan, taking, stages, out=place, features=features)
+    taking = Taking(split=split, **{name: given[name] for name in ("size", "grey", "tracking_uri")})
+    found = run_study(reference, plan, taking, stages, out=place, features=given["features"])
     found.save(place, {name: round(value, 3) for name, value in stages.seconds.items()})
     print_table(found.table())
     print_table(found.class_table())
@@ -402,7 +378,8 @@ def _numbers_of_bins(text: str) -> list[int]:
     return numbers
 
 
-def _compare(samples: list[str], given: dict[str, Any]) -> tuple[Comparison, dict[str, float]]:
+def _compare(samples: list[str], given: dict[str, Any]) -> Comparison:
+    """Judges the sets by the reference, warns where scores may mislead, and writes what files were asked for."""
     from cluster.densities import DensityOption
     from cluster.progress import Stages
     from cluster.scoring import held_out_of, is_reference, open_set, reference_of, running, score_sets
@@ -412,6 +389,7 @@ def _compare(samples: list[str], given: dict[str, Any]) -> tuple[Comparison, dic
 
     if given["z_threshold"] is not None and given["significance"] is not None:
         raise UserError("give --z-threshold or --significance, not both")
+    _check_report(given["report"])
     rule = Rule(given["z_threshold"], given["significance"])
     options = _options(given)
     stages = Stages(quiet=given["as_json"])
@@ -454,7 +432,12 @@ def _compare(samples: list[str], given: dict[str, Any]) -> tuple[Comparison, dic
             density=density,
         )
         _export(runner, comparison, given.get("per_sample"), given.get("export_missing"), density)
-    return comparison, {name: round(value, 3) for name, value in stages.seconds.items()}
+    for row in comparison.rows:
+        if row.evaluation.warning:
+            print(f"manymodes: warning: {row.name}: {row.evaluation.warning}", file=sys.stderr)
+    if given["report"]:
+        _write_report(given["report"], comparison, {name: round(value, 3) for name, value in stages.seconds.items()})
+    return comparison
 
 
 def _export(
@@ -475,12 +458,6 @@ def _export(
         n, place = export_missing(runner, known, missing, export)
         if not runner.stages.quiet:
             print_fields(exported=f"{n:,} samples of {len(missing)} missing bins in {place}")
-
-
-def _warn(comparison: Comparison) -> None:
-    for row in comparison.rows:
-        if row.evaluation.warning:
-            print(f"manymodes: warning: {row.name}: {row.evaluation.warning}", file=sys.stderr)
 
 
 def _print_scores(comparison: Comparison) -> None:

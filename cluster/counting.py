@@ -85,11 +85,11 @@ def in_order(calls: Iterator[Callable[[], Any]], window: int) -> Iterator[Any]:
         yield result_of(pending.pop(0))
 
 
-def result_of(reference: Any) -> Any:
+def result_of(reference: Any, retries: int = MAX_RETRIES) -> Any:
     """A task's result; a user's fault in it is raised as itself.
 
     Raises:
-        UserError: what the task raised as one, or that it was killed too often.
+        UserError: what the task raised as one, or that it was killed more than `retries` times.
     """
     try:
         return ray.get(reference)
@@ -99,11 +99,9 @@ def result_of(reference: Any) -> Any:
         raise
     except ray.exceptions.WorkerCrashedError as error:
         raise UserError(
-            f"a task was killed more than {MAX_RETRIES} times ({one_line(error)}): give it more memory, or run the "
-            "same command again"
+            f"a task was killed more than {retries} times ({one_line(error)}): give it more memory, or run the same "
+            "command again to go on"
         ) from error
-
-
 
 
 def _apply(

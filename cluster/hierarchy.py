@@ -16,10 +16,11 @@ import numpy as np
 import ray
 import torch
 
+from cluster.counting import result_of
 from cluster.recipe import Recipe
 from data import storage
 from data.augment import variants
-from data.errors import StorageError, UserError, one_line
+from data.errors import StorageError
 from data.manifest import Manifest, ShardRecord, SplitRecord, load_manifest, save_manifest
 from data.shards import write_shard
 from data.stream import read_blocks
@@ -61,7 +62,7 @@ def route_samples(recipe: Recipe, manifest: Manifest, root: str, folder: str, ad
     document = recipe.model_dump(mode="json")
     pending = [task.remote(document, manifest.base, root, folder, i, tasks) for i in range(tasks)]
     parts: dict[int, list[ShardRecord]] = {}
-    for done, found in enumerate(_drain(pending), start=1):
+    for done, found in enumerate(_drain(pending, retries), start=1):
         advance(done, total=tasks)
         for component, record in found[1].items():
             parts.setdefault(component, []).append(ShardRecord.model_validate(record))
@@ -136,7 +137,7 @@ def train_sub_mixtures(
     document = recipe.model_dump(mode="json")
     pending = [task.remote(document, folders[k], root, k) for k in order]
     results, done = {}, 0
-    for component, result in _drain(pending):
+    for component, result in _drain(pending, settings.max_retries):
         results[component] = result
         on_result(component, result)
         done += sizes[component]
@@ -261,18 +262,8 @@ def flatten(root: str, folders: dict[int, str], noise_prior_count: float) -> MFA
     return flat
 
 
-def _drain(pending: list[Any]) -> Iterator[Any]:
-    """Results in the order in which the tasks end; a user's fault in a task is raised as itself."""
+def _drain(pending: list[Any], retries: int) -> Iterator[Any]:
+    """Results in the order in which the tasks end."""
     while pending:
         ready, pending = ray.wait(pending, num_returns=1)
-        try:
-            yield ray.get(ready[0])
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, UserError):
-                raise UserError(str(error.cause)) from error
-            raise
-        except ray.exceptions.WorkerCrashedError as error:
-            raise UserError(
-                f"a task was killed more often than hierarchy.max_retries allows ({one_line(error)}): give it more "
-                "memory, or run the same command again to go on"
-            ) from error
+        yield result_of(ready[0], retries)

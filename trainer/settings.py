@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -23,7 +24,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
 
 
-class FamilySettings(Settings):
+class FamilySettings(Settings, ABC):
     """A model family, as one choice of the recipe's `model`: its fields, and all that training asks of it.
 
     A subclass has a `family`, the name of its file in trainer/models, and stands in the list of `trainer.families`.
@@ -36,9 +37,9 @@ class FamilySettings(Settings):
     dequantises: ClassVar[bool] = False  # whether the model may be a density of dequantised pixels
 
     @property
+    @abstractmethod
     def label(self) -> str:
         """What tables call the model."""
-        raise NotImplementedError
 
     def check(self, manifest: Manifest, initialisation: InitialisationSettings) -> None:
         """Refuses data that cannot be trained on, before any worker is started.
@@ -47,9 +48,9 @@ class FamilySettings(Settings):
             UserError: what is wrong with it.
         """
 
+    @abstractmethod
     def build(self, manifest: Manifest) -> nn.Module:
         """The untrained model for the manifest's samples; torch's generator is seeded."""
-        raise NotImplementedError
 
     def initialise(
         self, model: Any, manifest: Manifest, training: TrainingSettings, initialisation: InitialisationSettings
@@ -60,12 +61,12 @@ class FamilySettings(Settings):
             UserError: data that does not give one.
         """
 
+    @abstractmethod
     def objective(self, model: Any, manifest: Manifest, training: TrainingSettings) -> Objective:
         """What is optimised, with the model's networks as players.
 
         The player `model` is the model itself; a player of any other name is the model's attribute of that name.
         """
-        raise NotImplementedError
 
 
 class InitialisationSettings(Settings):

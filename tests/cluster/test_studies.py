@@ -1,34 +1,13 @@
 """The planted-collapse study by its command: power where a mode is plainly gone, honest false alarms, clear errors."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 from scipy import stats
 
-from cluster import cli
-
 QUICK = ("--splits", 8, "--calibration", 19, "--bins", 8, "--n-init", 1, "--subsample", 60, "--keep", "0,0.5")
-
-
-@pytest.fixture
-def call(monkeypatch, capfd, tmp_path):
-    """Calls `manymodes study` in tmp_path; returns (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["manymodes", "study", *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as exit_:
-            code = exit_.code or 0
-        out = capfd.readouterr()
-        return code, out.out, out.err
-
-    return run
 
 
 @pytest.fixture
@@ -46,7 +25,7 @@ def blobs(tmp_path):
 
 
 def test_a_missing_mode_is_noticed_and_alarms_are_honest(call, blobs, tmp_path):
-    code, out, err = call(blobs(), "--out", "study", *QUICK)
+    code, out, err = call("study", blobs(), "--out", "study", *QUICK)
     assert code == 0, err
     assert "NDB, Holm" in out
     found = json.loads((tmp_path / "study/study.json").read_text())
@@ -76,7 +55,7 @@ def test_the_seed_fixes_every_value(call, blobs, tmp_path):
     blobs()
     for out, seed in (("a", 3), ("b", 3), ("c", 4)):
         options = ("--classes", "1", "--scores", "js,kid,fid", "--seed", seed)
-        code, _, err = call("blobs.npz", "--out", out, *QUICK, *options)
+        code, _, err = call("study", "blobs.npz", "--out", out, *QUICK, *options)
         assert code == 0, err
     a, b, c = (json.loads((tmp_path / out / "study.json").read_text()) for out in "abc")
     assert a["values"] == b["values"]
@@ -104,7 +83,7 @@ def test_the_seed_fixes_every_value(call, blobs, tmp_path):
     ],
 )
 def test_bad_input_is_answered_in_one_line(call, blobs, tmp_path, arguments, message):
-    code, _, err = call(blobs(10), "--out", "study", *QUICK, *arguments)
+    code, _, err = call("study", blobs(10), "--out", "study", *QUICK, *arguments)
     lines = [line for line in err.splitlines() if line.startswith("manymodes: ")]
     assert (code, len(lines)) == (2, 1), err
     assert message in lines[0]
@@ -113,17 +92,17 @@ def test_bad_input_is_answered_in_one_line(call, blobs, tmp_path, arguments, mes
 
 def test_what_has_no_splits_is_taken_whole(call, tmp_path):
     options = ("--classes", "7", "--scores", "js", "--samples", "400")
-    code, _, err = call("digits", "--out", "study", *QUICK, *options)
+    code, _, err = call("study", "digits", "--out", "study", *QUICK, *options)
     assert code == 0, err
     protocol = json.loads((tmp_path / "study/study.json").read_text())["protocol"]
     assert (protocol["n_set"], protocol["n_reference"]) == (1797, 400)
 
 
 def test_what_has_no_labels_or_no_place_is_refused(call, blobs, array_file, tmp_path):
-    code, _, err = call(array_file(np.random.default_rng(0).random((500, 3))), "--out", "study", *QUICK)
+    code, _, err = call("study", array_file(np.random.default_rng(0).random((500, 3))), "--out", "study", *QUICK)
     assert code == 2
     assert "no labels" in err
     (tmp_path / "taken").write_text("a file")
-    code, _, err = call(blobs(), "--out", "taken", *QUICK)
+    code, _, err = call("study", blobs(), "--out", "taken", *QUICK)
     assert code == 2
     assert "taken is a file" in err

@@ -23,6 +23,7 @@ import urllib.request
 import venv
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -68,10 +69,10 @@ class Deployment:
         print(f"{time.perf_counter() - self.began:6.1f} s  {text}", flush=True)
 
     @contextlib.contextmanager
-    def process(self, name: str, command: list[str], **options: object) -> Iterator[subprocess.Popen[bytes]]:
+    def process(self, name: str, command: list[str], **options: Any) -> Iterator[subprocess.Popen[bytes]]:
         with open(self.folder / f"{name}.log", "wb") as log:
             options = {"env": self.env, "cwd": self.folder, **options}
-            running = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, **options)  # type: ignore[call-overload]
+            running = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, **options)
         try:
             yield running
         finally:

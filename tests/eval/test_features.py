@@ -318,7 +318,7 @@ def test_inception_resizes_as_pillow_does():
 def test_inception_equals_torchvision(weights):
     try:
         from torchvision.models import inception_v3
-    except Exception:
+    except (ImportError, RuntimeError):  # the latter from a build for another torch
         pytest.skip("no torchvision that can be imported here")
     theirs = inception_v3(weights=None, init_weights=False, transform_input=True)
     assert {n for n in theirs.state_dict() if not n.startswith("AuxLogits")} == set(weights)
