@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import shlex
 import shutil
 import tempfile
@@ -209,11 +210,13 @@ class Jobs:
 
     def _fault(self, error: Exception) -> UserError:
         text = one_line(error)
-        if "401" in text or "403" in text or "uthenticat" in text or "nauthorized" in text:
+        found = re.search(r"status code (\d{3})\b", text)
+        status = found[1] if found else ""  # a port may hold any digits
+        if status in ("401", "403") or "uthenticat" in text or "nauthorized" in text:
             return UserError(
                 f"{self.address} refuses the token: set RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to the cluster's"
             )
-        if "does not exist" in text or "404" in text:
+        if "does not exist" in text or status == "404":
             return UserError(f"{self.address}: no such job: `manymodes jobs list` names them")
         return UserError(f"{self.address}: {text.rstrip('.')}; check the address, and that the cluster runs")
 

@@ -106,7 +106,7 @@ def sinkhorn_divergence(
     *,
     regularisation: float = 0.05,
     epsilon: float | None = None,
-    tolerance: float = 1e-4,
+    tolerance: float = 2e-5,
     max_iterations: int = 1000,
     dtype: torch.dtype = torch.float32,
 ) -> SinkhornDivergence:

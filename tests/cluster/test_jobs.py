@@ -97,3 +97,15 @@ def test_a_manifest_is_printed_for_kubernetes():
     assert "s3://b/x" in shlex.split(manifest["spec"]["entrypoint"])
     refused = CliRunner().invoke(app, ["submit", "digits", "--out", "s3://b/x", "--image", "x"])
     assert "--kubernetes" in str(refused.exception)
+
+
+def test_a_port_is_no_status():
+    client = Jobs.__new__(Jobs)
+    client.address = "http://head:40114"
+    for text, words in (
+        ("Failed to connect to Ray at address: http://head:40114", "check the address"),
+        ("Request failed with status code 401: no", "refuses the token"),
+        ("Request failed with status code 404: none", "no such job"),
+        ("Request failed with status code 500: 403 things", "check the address"),
+    ):
+        assert words in str(client._fault(RuntimeError(text)))

@@ -50,8 +50,8 @@ def test_standard_error_is_the_spread_over_seeds():
     assert np.mean([r.standard_error for r in results]) == pytest.approx(np.std([r.value for r in results]), rel=0.2)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance", "rel"), [(torch.float32, 1e-4, 1e-4), (torch.float64, 1e-7, 1e-6)])
-@pytest.mark.parametrize("regularisation", [0.1, 0.5])
+@pytest.mark.parametrize(("dtype", "tolerance", "rel"), [(torch.float32, 2e-5, 1e-4), (torch.float64, 1e-7, 1e-6)])
+@pytest.mark.parametrize("regularisation", [0.05, 0.5])
 def test_sinkhorn_equals_pot(dtype, tolerance, rel, regularisation):
     ot = pytest.importorskip("ot", reason="POT is not installed")
     rng = np.random.default_rng(2)
