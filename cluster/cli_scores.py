@@ -220,7 +220,10 @@ def watch(
     max_ndb: int = typer.Option(0, "--max-ndb", min=0, help="bins that may differ after Holm's correction"),
     max_js: float = typer.Option(None, "--max-js", min=0, help="JS (nats) that may be reached (default: by chance)"),
     significance: float = typer.Option(
-        0.001, "--significance", min=1e-4, max=0.5,
+        0.001,
+        "--significance",
+        min=1e-4,
+        max=0.5,
         help="rate of false alarms, for a batch and for all together; half of it each for bins and for JS",
     ),
     *,

@@ -40,6 +40,7 @@ def ray_pass(
     Raises:
         UserError: as `eval.measure.observe_partition`, or a task that was killed too often.
     """
+
     def over(observers: Mapping[str, Any]) -> Mapping[str, Any]:
         placed = {"cpus_per_task": cpus_per_task, "gpus_per_task": gpus_per_task}
         parts = ray_map(observe_stored, partitions, open_view, dict(observers), store, **placed)
@@ -108,4 +109,3 @@ def _apply(
     number: int, function: Callable[..., Any], partitions: Partitions, open_view: Callable[[], View], *arguments: Any
 ) -> Any:
     return function(partitions, number, open_view(), *arguments)
-

@@ -117,9 +117,7 @@ def _seen(partitions: Partitions, number: int, piece: Piece, view: View) -> Obse
     return seen_by(view, partitions, number, piece.start, x, piece.label, piece.probabilities)
 
 
-def export_missing(
-    runner: Runner, reference: Reference, missing: Sequence[int], folder: str
-) -> tuple[int, str]:
+def export_missing(runner: Runner, reference: Reference, missing: Sequence[int], folder: str) -> tuple[int, str]:
     """Packs the reference's samples of some bins, with a list of their keys; returns their number and the pack's place.
 
     Leaves `folder`/missing.parquet (key, bin) and a pack (shards and manifest) in `folder`/shards.

@@ -123,9 +123,7 @@ class Jobs:
         limit = time.monotonic() + _ATTEMPTS_SECONDS
         while True:
             try:
-                return str(
-                    self.client.submit_job(entrypoint=command, runtime_env=runtime, metadata={"name": name})
-                )
+                return str(self.client.submit_job(entrypoint=command, runtime_env=runtime, metadata={"name": name}))
             except Exception as error:
                 # A cluster that has just started takes no job for some seconds.
                 if "No available agent" not in str(error) or time.monotonic() > limit:
@@ -247,4 +245,3 @@ def project_folder() -> Path:
     """The folder that holds this package, where it is a checkout; else the working folder."""
     checkout = Path(__file__).resolve().parents[1]
     return checkout if (checkout / "pyproject.toml").is_file() else Path.cwd()
-

@@ -107,9 +107,7 @@ def _training_sections(recipe: Recipe, trained: Trained) -> list[ReportSection]:
     steps, losses = zip(*history)
     unit = "step" if recipe.training.method == "sgd" else "pass over the data"
     noun, loss = recipe.model.noun.capitalize(), recipe.model.loss.capitalize()
-    curve = figures.training_curve(
-        list(steps), list(losses), title=noun, label="loss (nats per sample)", unit=unit
-    )
+    curve = figures.training_curve(list(steps), list(losses), title=noun, label="loss (nats per sample)", unit=unit)
     return [ReportSection("Training", "", [ReportFigure("Loss", curve, f"{loss} per sample.", "Loss")])]
 
 

@@ -16,9 +16,7 @@ from rich.table import Column
 from rich.text import Text
 
 # Where nobody's terminal sets a width (logs, pipes), lines are wide enough for a whole table row.
-console = Console(
-    stderr=True, markup=False, emoji=False, width=None if sys.stderr and sys.stderr.isatty() else 140
-)
+console = Console(stderr=True, markup=False, emoji=False, width=None if sys.stderr and sys.stderr.isatty() else 140)
 
 
 class _RateColumn(ProgressColumn):

@@ -109,9 +109,7 @@ def pack(
     old_files = [shard.file for record in old.splits.values() for shard in record.shards] if old else []
     clear_killed(dest, set(old_files))
     row_bytes = math.prod(source.shape) * np.dtype(source.dtype).itemsize
-    rows = {
-        split: block_rows(source.shape, source.dtype, rows_per_block, n) for split, n in source.splits.items()
-    }
+    rows = {split: block_rows(source.shape, source.dtype, rows_per_block, n) for split, n in source.splits.items()}
     per_shard = {split: max(1, shard_bytes // (rows[split] * row_bytes)) for split in rows}
     plan = _free_names(dest, {split: -(-n // (rows[split] * per_shard[split])) for split, n in source.splits.items()})
     new_files = [name for files in plan.values() for name in files]

@@ -206,9 +206,7 @@ def fetch_artifacts(run_id: str, path: str, folder: str, tracking_uri: str) -> s
 def _require_database(tracking_uri: str) -> None:
     database = database_file(tracking_uri)
     if database is not None and not database.exists():
-        raise UserError(
-            f"no MLflow database at {database}: run this in the folder of the job, or give --tracking-uri"
-        )
+        raise UserError(f"no MLflow database at {database}: run this in the folder of the job, or give --tracking-uri")
 
 
 def fetch_model(uri: str, tracking_uri: str) -> str:

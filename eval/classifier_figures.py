@@ -38,4 +38,3 @@ def confusion_matrix(confusion: np.ndarray, names: Sequence[str]) -> bytes:
     axes.set_ylabel("label", fontsize=9, color=canvas.MUTED)
     canvas.heading(figure, "Confusion matrix (samples)")
     return canvas.png(figure)
-

@@ -132,9 +132,7 @@ def judge_set(
     return Row(name, samples, evaluations, found, log_likelihood, copies)
 
 
-def _copies(
-    queries: Sketch, over_reference: Pass, held_out: tuple[Partitions, Pass] | None, seed: int
-) -> Copies:
+def _copies(queries: Sketch, over_reference: Pass, held_out: tuple[Partitions, Pass] | None, seed: int) -> Copies:
     own, positions = queries.least(_QUERIES)
     observers = {"own": Nearest(own)}
     if held_out is not None:

@@ -81,15 +81,11 @@ def report_sections(
     return [*sections, *row_sections(comparison, row, beside)]
 
 
-def row_sections(
-    comparison: Comparison, row: Row, beside: tuple[str, Partitions] | None = None
-) -> list[ReportSection]:
+def row_sections(comparison: Comparison, row: Row, beside: tuple[str, Partitions] | None = None) -> list[ReportSection]:
     """The pictures of one row: its worst bins, its samples (beside others), and those nearest to the reference."""
     shown = [*([beside] if beside else []), (row.name, row.samples)]
     pictures = [
-        ReportFigure(
-            name[:1].upper() + name[1:], figures.sample_grid(samples.first(64), 8, 8), "The first 64.", name
-        )
+        ReportFigure(name[:1].upper() + name[1:], figures.sample_grid(samples.first(64), 8, 8), "The first 64.", name)
         for name, samples in shown
     ]
     return [
@@ -205,4 +201,3 @@ def worst_bins(reference: Reference, bins: Bins, row: Row) -> ReportSection:
         order if result.ndb else close,
         [ReportFigure("Bins", gallery, caption, "Gallery of bins")],
     )
-

@@ -72,9 +72,7 @@ def evaluate_counts(
     if n_samples < n_bins:
         raise UserError(f"{name}: {n_samples} samples for {n_bins} bins: give more samples or use fewer bins")
     try:
-        result = ndb.score(
-            bins.counts, seen.counts, z_threshold=rule.z_threshold, significance=rule.significance
-        )
+        result = ndb.score(bins.counts, seen.counts, z_threshold=rule.z_threshold, significance=rule.significance)
     except ValueError as error:
         raise UserError(f"{name}: {error}") from error
     protocol = {

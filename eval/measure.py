@@ -192,4 +192,3 @@ def merged(
     if not len(partitions):
         raise UserError(f"{partitions.name}: no samples there: check the path and the split")
     return total
-

@@ -101,4 +101,3 @@ def animation(frames: np.ndarray, *, milliseconds: int = 60) -> bytes:
 def _enlarged(image: np.ndarray, side: int) -> np.ndarray:
     zoom = max(1, side // max(image.shape[:2]))
     return image.repeat(zoom, 0).repeat(zoom, 1)
-

@@ -428,4 +428,3 @@ def parse_scores(text: str) -> tuple[str, ...]:
         return SCORES if text == "all" else ()
     names = tuple(part.strip() for part in text.split(",") if part.strip())
     return ScoreSettings(names).names
-

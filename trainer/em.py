@@ -204,9 +204,7 @@ def _candidates(x: Tensor, screen: Precision, features: Tensor | None, limit: in
         yield torch.cat(held)
 
 
-def _accumulate(
-    model: MFA, p: Precision, x: Tensor, pairs: Tensor, statistics: Statistics, work: Tensor
-) -> None:
+def _accumulate(model: MFA, p: Precision, x: Tensor, pairs: Tensor, statistics: Statistics, work: Tensor) -> None:
     """Adds the samples of these pairs to the statistics: every pair is evaluated about its component's own mean."""
     pairs = pairs[pairs[:, 1].argsort(stable=True)]
     rows, of = pairs[:, 0], pairs[:, 1]

@@ -214,9 +214,7 @@ def without_password(uri: str) -> str:
     return uri.replace(f":{parts.password}@", ":***@") if parts.password else uri
 
 
-def start_run(
-    uri: str, experiment: str, name: str, *, params: Mapping[str, Any], tags: Mapping[str, str]
-) -> str:
+def start_run(uri: str, experiment: str, name: str, *, params: Mapping[str, Any], tags: Mapping[str, str]) -> str:
     """Creates a run (and the experiment, where it is new) and returns its id.
 
     Raises:

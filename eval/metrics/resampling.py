@@ -101,9 +101,7 @@ def _divided(reference: np.ndarray, samples: np.ndarray, draws: int, seed: int) 
     return np.concatenate(found)
 
 
-def intervals(
-    reference: np.ndarray, samples: np.ndarray, *, level: float, z_threshold: float, seed: int
-) -> Intervals:
+def intervals(reference: np.ndarray, samples: np.ndarray, *, level: float, z_threshold: float, seed: int) -> Intervals:
     """The observed scores, with the spread about their mean of a parametric bootstrap from shrunken differences.
 
     Observed differences are true ones plus noise. Drawn from again as they are they would get a second helping of

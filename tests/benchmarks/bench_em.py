@@ -86,9 +86,7 @@ def isotropic() -> None:
 def diagonal(k: int, n_factors: int, iterations: int, goal: int) -> None:
     train, test = dequantised()
     model = MFA(k, 784, n_factors, 1e-6)
-    settings = InitialisationSettings(
-        kmeans_samples=20_000, n_init=3, noise_prior_count=0.5, noise_prior_smoothing=1.0
-    )
+    settings = InitialisationSettings(kmeans_samples=20_000, n_init=3, noise_prior_count=0.5, noise_prior_smoothing=1.0)
     began = time.perf_counter()
     initialise_mfa(model, train, settings, seed=0, shape=(28, 28))
     started = time.perf_counter() - began

@@ -41,9 +41,7 @@ def small_mixture(folder: str) -> MFA:
         0.1 * torch.randn(COMPONENTS, 784, FACTORS),
         torch.full((COMPONENTS, 784), 0.01),
     )
-    manifest = Manifest(
-        name="none", shape=SHAPE, dtype="uint8", levels=256, source=Origin(spec="none"), splits={}
-    )
+    manifest = Manifest(name="none", shape=SHAPE, dtype="uint8", levels=256, source=Origin(spec="none"), splits={})
     save_model(folder, model, "mfa", manifest, dequantised=True)
     return model.eval()
 

@@ -13,7 +13,7 @@ from data.errors import UserError
 
 
 def test_the_command_is_one_shell_word_for_each_argument():
-    hostile = ["a; rm -rf /", "$(id)", "it's \"x\"", "registry.name=a b\nc"]
+    hostile = ["a; rm -rf /", "$(id)", 'it\'s "x"', "registry.name=a b\nc"]
     text = entrypoint(hostile[0], "s3://b/x y", hostile)
     words = shlex.split(text)
     assert words[:5] == ["python", "-m", "cluster.entry", "run", hostile[0]]

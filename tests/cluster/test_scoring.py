@@ -378,9 +378,7 @@ def test_the_protocol_says_what_decides_a_number(sets, two_models):
         "scores": "fid", "pairs_subsample": 20, "scores_seed": 3,
         "memorisation": "not asked for",
     }  # fmt: skip
-    found = protocol_of(
-        *("evaluate", "run0", "--reference", "ref", "-n", 50, "--seed", 4, "--scores", "fid")
-    )
+    found = protocol_of(*("evaluate", "run0", "--reference", "ref", "-n", 50, "--seed", 4, "--scores", "fid"))
     assert {key: found.get(key) for key in expected} == expected
     assert "30 samples" in found["kmeans_subset"]
     found = protocol_of(

@@ -82,9 +82,7 @@ def test_resuming_reads_no_skipped_data(manifest, monkeypatch):
 def test_global_batches_do_not_depend_on_the_world(manifest):
     alone = batches(manifest, lanes=4, dequantise=True)
     for world in (2, 4):
-        ranks = [
-            batches(manifest, lanes=4, dequantise=True, rank=rank, world_size=world) for rank in range(world)
-        ]
+        ranks = [batches(manifest, lanes=4, dequantise=True, rank=rank, world_size=world) for rank in range(world)]
         assert {len(rank) for rank in ranks} == {len(alone)}
         for step, whole in enumerate(alone):
             quarter = len(whole["x"]) // 4

@@ -19,6 +19,7 @@ def drawn(n=20_000, identity="a", shape=(4,), levels=None, seed=0):
 
 def test_a_store_never_gives_the_statistics_of_other_draws(tmp_path):
     """One store for all: another number, model, shape, grid or seed is another set, and a longer one is whole."""
+
     def stored(*args):
         return observe_stored(*args, store=str(tmp_path))
 

@@ -256,13 +256,9 @@ def test_the_table_tells_how_each_set_was_scored():
     known = samples()
     reference = fit_reference(known, local_pass(known), [SETTINGS], scores)
     sets = {"large": samples(seed=2), "small": samples(60, seed=3)}
-    rows = [
-        judge_set(x, local_pass(x), reference, name=name, rule=Rule(), scores=scores) for name, x in sets.items()
-    ]
+    rows = [judge_set(x, local_pass(x), reference, name=name, rule=Rule(), scores=scores) for name, x in sets.items()]
     cells = {row[0]: row for row in scores_table(Comparison(reference, rows)).rows}
-    assert cells["recall"][-1] == (
-        "large: 100 and 100 samples, 3 neighbours; small: 100 and 60 samples, 3 neighbours"
-    )
+    assert cells["recall"][-1] == ("large: 100 and 100 samples, 3 neighbours; small: 100 and 60 samples, 3 neighbours")
     assert "/" in cells["recall"][-2]
     assert cells["memorised"][2:4] == ["not taken", "not taken"]
     assert cells["memorised"][-1].startswith("not taken: the reference's samples")

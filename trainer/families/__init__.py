@@ -20,8 +20,7 @@ def _family(value: Any) -> str:
 
 
 ModelSettings = Annotated[
-    Annotated[MFASettings, Tag("mfa")]
-    | Annotated[ClassifierSettings, Tag("classifier")],
+    Annotated[MFASettings, Tag("mfa")] | Annotated[ClassifierSettings, Tag("classifier")],
     Discriminator(_family, custom_error_type="unknown_family", custom_error_message="unknown family"),
 ]
 

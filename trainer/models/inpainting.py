@@ -119,9 +119,7 @@ def inpaint(
     return torch.where(mask, flat, out).to(model.means.dtype).view(x.shape)
 
 
-def _fill(
-    model: MFA, flat: Tensor, mask: Tensor, mode: Mode, noise: bool, generator: torch.Generator | None
-) -> Tensor:
+def _fill(model: MFA, flat: Tensor, mask: Tensor, mode: Mode, noise: bool, generator: torch.Generator | None) -> Tensor:
     found = condition(model, flat, mask)
     loadings, means = model.factor_loadings, model.means
     if mode == "mean":

@@ -170,7 +170,6 @@ class MFA(nn.Module):
         projected = (projection @ centred.unsqueeze(-1)).squeeze(-1)
         return inverse, weighted, projection, projected, (centred * weighted).sum(1), cholesky, constant
 
-
     def component_log_prob(self, x: Tensor) -> Tensor:
         """log π_k + log N(x; μ_k, A_k A_kᵀ + D_k) in nats, [batch, n_components], for x [batch, ...].
 
