@@ -18,8 +18,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from cluster.placement import require_resources, require_workers
 from cluster.recipe import Recipe
-from cluster.session import ray_session, require_resources
+from cluster.session import ray_session
 from data import storage
 from data.errors import UserError
 from trainer import tracking
@@ -107,10 +108,10 @@ def connect(recipe: Recipe, job: Job, uri: str, ray_address: str | None, stack: 
         stack.push(session)
         job.run_id = starting.result()
     stack.enter_context(_closing_run(uri, job.run_id))
-    workers = scaling.workers
-    require_resources("the workers", workers * scaling.cpus_per_worker, workers * scaling.gpus_per_worker)
+    require_workers(scaling)
     if recipe.hierarchy:
-        require_resources("the sub-mixtures", recipe.hierarchy.cpus_per_task, recipe.hierarchy.gpus_per_task)
+        split = recipe.hierarchy
+        require_resources("the sub-mixtures", {"CPU": split.cpus_per_task, "GPU": split.gpus_per_task})
     return job.run_id
 
 

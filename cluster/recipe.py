@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 import re
 from collections.abc import Sequence
 from importlib.resources import files
@@ -56,11 +57,37 @@ class DataSettings(Settings):
 class ScalingSettings(Settings):
     """How the training job is placed on machines."""
 
-    workers: int = Field(2, ge=1, description="data-parallel workers")
+    workers: int = Field(2, ge=1, description="data-parallel workers (most of them, where their number is elastic)")
+    min_workers: int | None = Field(
+        None, ge=1, description="elastic: go on with so few while nodes are missing; null keeps the number fixed"
+    )
+    workers_per_node: int | None = Field(None, ge=1, description="most workers on one node; null: as many as fit")
+    placement: Literal["pack", "spread", "strict_pack", "strict_spread"] = Field(
+        "pack", description="few nodes or many; strict: one node, or a node each"
+    )
     cpus_per_worker: float = Field(1, gt=0, description="CPUs per worker")
+    threads_per_worker: int | None = Field(
+        None, ge=1, description="CPU threads of a worker's mathematics; null: its CPUs, rounded down"
+    )
     gpus_per_worker: float = Field(0, ge=0, description="GPUs per worker; 0 trains on CPU")
     max_failures: int = Field(3, ge=0, description="restarts of the worker group from its last checkpoint")
+    start_timeout_seconds: int = Field(
+        900, ge=4, description="how long workers wait for room: for other jobs' end, or an autoscaler's nodes"
+    )
     timeout_seconds: int = Field(1800, ge=10, description="a collective operation that takes longer has failed")
+
+    @model_validator(mode="after")
+    def _fewest(self) -> ScalingSettings:
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"min_workers ({self.min_workers}) must not be above workers ({self.workers})")
+        if self.workers_per_node is not None and self.placement in ("strict_pack", "strict_spread"):
+            raise ValueError("workers_per_node is for placement pack or spread: leave it out, or change placement")
+        return self
+
+    @property
+    def lanes(self) -> int:
+        """Shares of the data's order that every number of workers can deal out evenly."""
+        return math.lcm(*range(self.min_workers or self.workers, self.workers + 1))
 
 
 class HierarchySettings(Settings):
@@ -178,11 +205,13 @@ class Recipe(Settings):
         for name, training in (("training", self.training), ("hierarchy.polish", polish)):
             if training is None or training.method == "em":
                 continue
-            lanes = training.lanes or self.scaling.workers
-            if training.batch_size % lanes or lanes % self.scaling.workers:
+            lanes = training.lanes or self.scaling.lanes
+            if training.batch_size % lanes or lanes % self.scaling.lanes:
+                least = self.scaling.lanes
+                of = "scaling.workers" if least == self.scaling.workers else "every number of workers up to them"
                 raise ValueError(
                     f"{name}.batch_size ({training.batch_size}) must be a multiple of the lanes ({lanes}), and "
-                    f"these of scaling.workers ({self.scaling.workers})"
+                    f"these of {of} ({least})"
                 )
         return self
 
@@ -217,9 +246,9 @@ class Recipe(Settings):
                 },
             },
         )
-        document["lanes"] = self.training.lanes or self.scaling.workers
+        document["lanes"] = self.training.lanes or self.scaling.lanes
         if self.hierarchy and self.hierarchy.polish:
-            document["polish_lanes"] = self.hierarchy.polish.lanes or self.scaling.workers
+            document["polish_lanes"] = self.hierarchy.polish.lanes or self.scaling.lanes
         return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 

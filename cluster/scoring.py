@@ -158,13 +158,14 @@ def running(looking: Looking, stages: Stages) -> Iterator[Runner]:
     if looking.workers is None and not looking.ray_address:
         yield runner
         return
-    from cluster.session import ray_session, require_resources
+    from cluster.placement import require_resources
+    from cluster.session import ray_session
 
     with ExitStack() as stack:
         with stages.stage("start Ray"):
             cpus = (looking.workers or 1) * looking.cpus_per_task
             stack.enter_context(ray_session(looking.ray_address, cpus))
-        require_resources("the passes", looking.cpus_per_task, looking.gpus_per_task)
+        require_resources("the passes", {"CPU": looking.cpus_per_task, "GPU": looking.gpus_per_task})
         runner.by_ray = True
         yield runner
 

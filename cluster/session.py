@@ -110,18 +110,3 @@ def _speaks_grpc(connection: socket.socket) -> bool:
             break
         answer += part
     return answer[3:4] == _SETTINGS[3:4]
-
-
-def require_resources(what: str, cpus: float, gpus: float) -> None:
-    """Refuses work that the cluster can never place; Ray itself would wait for ever.
-
-    Raises:
-        UserError: with what is asked for and what is there.
-    """
-    there = ray.cluster_resources()
-    for name, wanted in (("CPU", cpus), ("GPU", gpus)):
-        if wanted > there.get(name, 0):
-            raise UserError(
-                f"{what} ask for {wanted:g} {name}s, the Ray cluster has {there.get(name, 0):g}: add nodes, or lower "
-                f"scaling.workers, scaling.{name.lower()}s_per_worker or hierarchy.{name.lower()}s_per_task"
-            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import tempfile
 import threading
@@ -14,8 +15,10 @@ import ray.train
 import torch
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
-from cluster.recipe import Recipe
+from cluster.placement import worker_resources
+from cluster.recipe import Recipe, ScalingSettings
 from data import storage
 from data.errors import SharedError, StorageError, UserError, one_line
 from data.manifest import Manifest, load_manifest
@@ -25,6 +28,9 @@ from trainer.fit import Fit, trained_tensors
 from trainer.loop import Callbacks, LogEntry
 from trainer.settings import TrainingSettings
 from trainer.tracking import RunLogger
+
+# Times that Ray Train tries to find room for the workers.
+_STARTS = 4
 
 
 def run_training(
@@ -63,9 +69,7 @@ def run_training(
         RuntimeError: they failed otherwise, more often than scaling.max_failures allows.
     """
     scaling = recipe.scaling
-    resources = {"CPU": scaling.cpus_per_worker}
-    if scaling.gpus_per_worker:
-        resources["GPU"] = scaling.gpus_per_worker
+    resources = worker_resources(scaling)
     place, filesystem = _checkpoint_store(storage.join(folder, "checkpoints"))
     trainer = TorchTrainer(
         _worker,
@@ -84,18 +88,26 @@ def run_training(
             backend="nccl" if scaling.gpus_per_worker else "gloo", timeout_s=scaling.timeout_seconds
         ),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=scaling.workers, use_gpu=scaling.gpus_per_worker > 0, resources_per_worker=resources
+            num_workers=(scaling.min_workers, scaling.workers) if scaling.min_workers else scaling.workers,
+            use_gpu=scaling.gpus_per_worker > 0,
+            resources_per_worker=resources,
+            placement_strategy=scaling.placement.upper(),
         ),
         run_config=ray.train.RunConfig(
             name=job,
             storage_path=place,
             storage_filesystem=filesystem,
-            failure_config=ray.train.FailureConfig(max_failures=scaling.max_failures, controller_failure_limit=3),
+            failure_config=ray.train.FailureConfig(
+                max_failures=scaling.max_failures, controller_failure_limit=_STARTS - 1
+            ),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-            worker_runtime_env={} if scaling.gpus_per_worker else {"env_vars": {"DS_ACCELERATOR": "cpu"}},
+            worker_runtime_env={"env_vars": _environment(scaling)},
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
     )
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(scaling.start_timeout_seconds / _STARTS)
+    if not _room(resources, scaling.min_workers or scaling.workers):
+        _post(board, 0, "waiting for room on the cluster")
     began = time.time()
     handler = signal.getsignal(signal.SIGINT)
     try:
@@ -104,6 +116,13 @@ def run_training(
         raise KeyboardInterrupt from error
     except ray.train.WorkerGroupError as error:
         raise _cause(error.worker_failures) from error
+    except ray.train.ControllerError as error:
+        if not isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
+            raise
+        raise UserError(
+            f"no room for the workers on the cluster within {scaling.start_timeout_seconds} s: other work holds it, or "
+            "no nodes came; run the same command again later, or set scaling.start_timeout_seconds higher"
+        ) from error
     except ray.exceptions.RayError as error:
         raise UserError(
             f"the training job ended: {one_line(error)}; run the same command again to go on from the last checkpoint"
@@ -117,6 +136,20 @@ def run_training(
         raise UserError(outcome["user_error"])
     outcome["ray_seconds"] = (outcome.pop("started") - began) + (time.time() - outcome.pop("ended"))
     return outcome
+
+
+def _environment(scaling: ScalingSettings) -> dict[str, str]:
+    """Environment variables of the workers, which are read when libraries are loaded."""
+    found = {} if scaling.gpus_per_worker else {"DS_ACCELERATOR": "cpu"}
+    if scaling.threads_per_worker:
+        found |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(scaling.threads_per_worker))
+    return found
+
+
+def _room(resources: dict[str, float], workers: int) -> bool:
+    """Whether the cluster has so much free at this moment."""
+    free = ray.available_resources()
+    return all(free.get(name, 0) >= each * workers for name, each in resources.items())
 
 
 def _checkpoint_store(url: str) -> tuple[str, Any]:
@@ -177,7 +210,7 @@ def _train_rank(config: dict[str, Any]) -> dict[str, Any]:
         settings,
         rank=rank,
         world_size=context.get_world_size(),
-        lanes=settings.lanes or recipe.scaling.workers,
+        lanes=settings.lanes or recipe.scaling.lanes,
         device=ray.train.torch.get_device() if recipe.scaling.gpus_per_worker else None,
         objective=recipe.model.objective,
     )
