@@ -12,9 +12,10 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
 
-# Two Ray nodes, S3 storage and MLflow on PostgreSQL, all on loopback; needs PostgreSQL's server.
+# A node that dies; two Ray nodes, S3 storage and MLflow on PostgreSQL, all on loopback; needs PostgreSQL's server.
 test-cluster: $(VENV)/.installed-test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRA),test,services]'
+	timeout 600 $(BIN)/python -m pytest -m slow tests/cluster
 	timeout 1500 $(BIN)/python tests/cluster/two_nodes.py
 
 lint: $(VENV)/.installed-test

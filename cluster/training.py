@@ -29,8 +29,10 @@ from trainer.loop import Callbacks, LogEntry
 from trainer.settings import TrainingSettings
 from trainer.tracking import RunLogger
 
-# Times that Ray Train tries to find room for the workers.
+# Times that Ray Train tries to find room for the workers, at the least.
 _STARTS = 4
+# An elastic job learns from a try that a node is gone, which Ray notices after some 13 s.
+_ELASTIC_TRY_SECONDS = 10
 
 
 def run_training(
@@ -70,6 +72,7 @@ def run_training(
     """
     scaling = recipe.scaling
     resources = worker_resources(scaling)
+    starts = max(_STARTS, scaling.start_timeout_seconds // _ELASTIC_TRY_SECONDS if scaling.min_workers else 0)
     place, filesystem = _checkpoint_store(storage.join(folder, "checkpoints"))
     trainer = TorchTrainer(
         _worker,
@@ -98,14 +101,14 @@ def run_training(
             storage_path=place,
             storage_filesystem=filesystem,
             failure_config=ray.train.FailureConfig(
-                max_failures=scaling.max_failures, controller_failure_limit=_STARTS - 1
+                max_failures=scaling.max_failures, controller_failure_limit=starts - 1
             ),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
             worker_runtime_env={"env_vars": _environment(scaling)},
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
     )
-    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(scaling.start_timeout_seconds / _STARTS)
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(scaling.start_timeout_seconds / starts)
     if not _room(resources, scaling.min_workers or scaling.workers):
         _post(board, 0, "waiting for room on the cluster")
     began = time.time()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import logging
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -12,6 +13,7 @@ from data.errors import UserError, one_line
 from deploy.serving.jobs import Limits
 
 _NAME = "manymodes"
+_END_SECONDS = 30.0
 
 
 def check_place(host: str, port: int, no_token: bool) -> str | None:
@@ -67,4 +69,7 @@ def serving(place: str, label: str, host: str, port: int, token: str | None, lim
     try:
         yield
     finally:
-        serve.delete(_NAME)
+        # Waits for what is being answered; Ray ends with us, so that a wait without end gains nothing.
+        deleting = threading.Thread(target=serve.delete, args=(_NAME,), daemon=True)
+        deleting.start()
+        deleting.join(_END_SECONDS)

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
 from trainer.checkpoint import load_model
@@ -62,12 +63,13 @@ def test_a_full_cluster_is_waited_for_and_told(cluster, tmp_path):
     assert "Traceback" not in refused.stderr
 
 
+@pytest.mark.slow
 def test_an_elastic_job_goes_on_without_a_node(cluster, tmp_path):
     """Two workers on two nodes, one of which dies: the other trains what both would have trained."""
     second = cluster.add_node()
     small = [
         *("hierarchy=null", "training.steps=400", "training.checkpoint_every=20", "training.batch_size=1024"),
-        *("scaling.min_workers=1", "scaling.workers_per_node=1", "scaling.start_timeout_seconds=20"),
+        *("scaling.min_workers=1", "scaling.workers_per_node=1", "scaling.start_timeout_seconds=60"),
     ]
     whole = train(cluster, tmp_path / "whole", *small)
     assert whole.returncode == 0, whole.stderr[-3000:]
