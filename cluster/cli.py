@@ -130,22 +130,40 @@ def train(
 def sample(
     model: str = typer.Argument(help="models:/NAME@ALIAS, or the --out folder of a run"),
     n: int = typer.Option(64, "-n", min=1, max=MAX_DRAWN, help="number of samples"),
-    out: str = typer.Option(..., "--out", help="FILE.png for a picture, FILE.npy for the numbers"),
+    out: str = typer.Option(..., "--out", help="FILE.png for a picture, FILE.npy, or a folder or URL for a pack"),
     seed: int = typer.Option(0, min=0, max=MAX_SEED, help="the same seed gives the same samples"),
+    workers: int = typer.Option(None, "--workers", min=1, help="a pack: draw it by so many Ray workers"),
+    ray_address: str = RAY,
+    gpus_per_task: float = typer.Option(0.0, "--gpus-per-task", min=0, help="a pack: GPUs that a Ray task reserves"),
     tracking_uri: str = TRACKING,
 ) -> None:
-    """Draws samples from a model."""
+    """Draws samples from a model: a picture, an array, or a pack of any size that all workers draw."""
     import math
 
     import numpy as np
 
     from cluster.models import open_model
-    from data.storage import publish
+    from data.storage import check_url, publish
     from eval.canvas import is_image, save_png, tile
     from eval.figures import sample_grid
 
     if Path(out).suffix not in (".png", ".npy"):
-        raise UserError(f"--out {out}: give a file that ends in .png or .npy")
+        from cluster.progress import Stages
+        from cluster.sample_packs import write_samples
+        from cluster.scoring import Looking, Taking, open_drawn, running
+
+        if Path(out).suffix:
+            raise UserError(f"--out {out}: give a .png, a .npy, or the name of a folder")
+        looking = Looking(
+            tracking_uri=tracking_uri, workers=workers, ray_address=ray_address, gpus_per_task=gpus_per_task
+        )
+        with running(looking, Stages()) as runner:
+            drawn = open_drawn(model, Taking(n=n, seed=seed, tracking_uri=tracking_uri))
+            manifest = write_samples(runner, drawn, check_url(out))
+        print_fields(pack=manifest.base, samples=f"{n:,} of shape {list(manifest.shape)}, split test")
+        return
+    if workers is not None or ray_address or gpus_per_task:
+        raise UserError(f"--out {out}: workers draw packs: give a folder, or leave --workers and --ray-address out")
     opened = open_model(model, tracking_uri)
     samples = opened.sample(n, seed)
     side = math.ceil(math.sqrt(n))

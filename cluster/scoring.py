@@ -82,6 +82,15 @@ def open_set(place: str, taking: Taking) -> Partitions:
         found = open_partitions(place, split=taking.split, size=taking.size, grey=taking.grey)
         taking.require(place, found.shape)
         return found
+    return open_drawn(place, taking)
+
+
+def open_drawn(place: str, taking: Taking) -> DrawnPartitions:
+    """Samples drawn from a model: models:/NAME@ALIAS, or a run's folder.
+
+    Raises:
+        UserError: no model there, one that draws no samples, or none of the asked size and colours.
+    """
     uri = taking.tracking_uri
     model = open_model(place, uri)
     model.require("sample")

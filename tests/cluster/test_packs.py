@@ -1,14 +1,18 @@
-"""Features that are written once are judged as those that are computed anew."""
+"""Features and draws that are written once are judged as those that are computed anew."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import ray
+import torch
 
 from data.errors import UserError
 from data.manifest import load_manifest
 from data.partitions import open_partitions
+from trainer.checkpoint import save_model
+from trainer.models.mfa import MFA
 
 CODE = """
 import numpy as np
@@ -91,3 +95,25 @@ def test_workers_write_the_same_bytes_and_a_failure_leaves_nothing(here):
     assert isinstance(failed.exception, UserError), failed.exception
     assert "NaN" in str(failed.exception)
     assert not list((here / "four").iterdir())
+
+
+def test_a_pack_of_draws_is_the_same_by_any_workers_and_judged_as_the_model(here, manifest_for, monkeypatch):
+    torch.manual_seed(0)
+    save_model("run0/model", MFA(3, 64, 2, 1e-3), "mfa", manifest_for((8, 8, 1)), dequantised=True)
+    monkeypatch.setattr("eval.drawn._PARTITION_VALUES", 100 * 64)
+    for out, more in (("alone", ()), ("shared", ("--workers", 2))):
+        written = run("sample", "run0", "-n", 450, "--seed", 3, "--out", out, *more)
+        assert written.exit_code == 0, written.exception
+    names = sorted(path.name for path in Path("alone").iterdir())
+    assert names == ["manifest.json", *(f"test-{number:06d}.tar" for number in range(5))]
+    assert all((Path("alone") / name).read_bytes() == (Path("shared") / name).read_bytes() for name in names)
+    judged = [
+        json.loads(
+            run("evaluate", place, "--reference", "known.npz", "--bins", 10, "-n", 450, "--seed", 3, "--json").stdout
+        )
+        for place in ("alone", "run0")
+    ]
+    assert judged[0]["js"] == judged[1]["js"]
+    refused = run("sample", "run0", "-n", 450, "--out", "alone")
+    assert "files are there already" in str(refused.exception)
+    assert "give a folder" in str(run("sample", "run0", "--out", "x.npy", "--workers", 2).exception)
