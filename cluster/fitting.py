@@ -80,7 +80,7 @@ def trained_model(
         if job.run_id:
             console.print(f"going on with job {job.id}")
         with stages.stage("start Ray and MLflow"):
-            run_id = connect(recipe, job, uri, ray_address, stack)
+            run_id = connect(recipe, job, folder, uri, ray_address, stack)
             job.begin(folder)
             job.use_data(folder, manifest.fingerprint)
         tracking.log_dataset(uri, run_id, name=manifest.name, source=manifest.base, fingerprint=manifest.fingerprint)

@@ -92,12 +92,12 @@ def exclusive(out: str) -> Iterator[None]:
         lock.release()
 
 
-def connect(recipe: Recipe, job: Job, uri: str, ray_address: str | None, stack: ExitStack) -> str:
+def connect(recipe: Recipe, job: Job, out: str, uri: str, ray_address: str | None, stack: ExitStack) -> str:
     """Starts Ray and the MLflow run at once; returns the run's id. Both are closed with the stack."""
     scaling = recipe.scaling
     with ThreadPoolExecutor(1) as side:
         # MLflow first: a run that Ray then refuses is marked as failed, a Ray session that MLflow refuses just ends.
-        starting = side.submit(_tracked_run, job, recipe, uri)
+        starting = side.submit(_tracked_run, job, recipe, out, uri)
         session = ExitStack()
         try:
             session.enter_context(ray_session(ray_address, scaling.workers * scaling.cpus_per_worker))
@@ -115,11 +115,12 @@ def connect(recipe: Recipe, job: Job, uri: str, ray_address: str | None, stack: 
     return job.run_id
 
 
-def _tracked_run(job: Job, recipe: Recipe, uri: str) -> str:
+def _tracked_run(job: Job, recipe: Recipe, out: str, uri: str) -> str:
     """The MLflow run of this job: the one that it began, if the server still has it, else a new one."""
     if job.run_id and tracking.resume_run(uri, job.run_id):
         return job.run_id
     tags = {**tracking.versions(), "job": job.id, "recipe": recipe.name, "host.python": platform.python_version()}
+    tags["checkpoints"] = storage.join(job.work(out), "root", "checkpoints")
     commit = _commit()
     if commit:
         tags["mlflow.source.git.commit"] = commit

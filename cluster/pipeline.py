@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict
 from types import ModuleType
 from typing import Any
@@ -98,6 +99,11 @@ def _write_report(recipe: Recipe, trained: Trained, verdict: Verdict, registered
     sections = verdict.sections() + _training_sections(recipe, trained)
     html = render_report(f"manymodes: {recipe.name}", verdict.table, sections, protocol, timing, verdict.lead)
     storage.write_text(storage.join(trained.folder, "report.html"), html)
+    pictures = {
+        f"{number:02d}-{re.sub('[^a-z0-9]+', '-', figure.title.lower()).strip('-')}.png": figure.png
+        for number, figure in enumerate((figure for section in sections for figure in section.figures), 1)
+    }
+    tracking.log_files(trained.uri, trained.run_id, pictures, "pictures")
 
 
 def _training_sections(recipe: Recipe, trained: Trained) -> list[ReportSection]:

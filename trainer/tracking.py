@@ -278,6 +278,14 @@ def log_folder(uri: str, run_id: str, folder: str, name: str) -> None:
         mlflow_client(uri).log_artifacts(run_id, folder, name)
 
 
+def log_files(uri: str, run_id: str, files: Mapping[str, bytes], name: str) -> None:
+    """Stores bytes with the run, below `name`, as files of these names."""
+    with tempfile.TemporaryDirectory() as folder:
+        for file, content in files.items():
+            (Path(folder) / file).write_bytes(content)
+        log_folder(uri, run_id, folder, name)
+
+
 def log_dataset(uri: str, run_id: str, *, name: str, source: str, fingerprint: str) -> None:
     """Records which data the run used, by the first 36 characters of its fingerprint."""
     from mlflow.data.dataset_source_registry import resolve_dataset_source

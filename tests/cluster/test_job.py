@@ -55,6 +55,10 @@ def test_mlflow_run_is_finished_and_complete(finished_job):
     assert run.data.tags["version.torch"].startswith("2.")
     assert run.inputs.dataset_inputs[0].dataset.name == "digits"
     assert {"report.html", "summary.json"} <= {item.path for item in client.list_artifacts(run.info.run_id)}
+    pictures = [item.path for item in client.list_artifacts(run.info.run_id, "pictures")]
+    assert len(pictures) >= 4
+    assert all(path.endswith(".png") for path in pictures)
+    assert list(Path(run.data.tags["checkpoints"]).glob("*/*/state.safetensors"))
 
 
 def test_flat_mixture_multiplies_the_mixing_coefficients(finished_job):
