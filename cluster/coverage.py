@@ -20,7 +20,7 @@ from eval import mixture_figures
 from eval.baselines import fit_gaussian_mixture
 from eval.comparison import Comparison, JudgedData, compare
 from eval.comparison_report import headline_table, report_sections
-from eval.drawn import Density
+from eval.drawn import Generator
 from eval.evaluate import Rule
 from eval.report import ReportFigure, ReportSection
 from eval.scores import ScoreSettings
@@ -72,7 +72,7 @@ def _evaluate(recipe: Recipe, trained: Trained, advance: Any) -> tuple[Compariso
         _rows(manifest, TEST_SPLIT, noise),
         manifest.levels if noise is not None else None,
     )
-    models: dict[str, Density] = {}
+    models: dict[str, Generator] = {}
     components = getattr(recipe.model, "n_components", 1)  # a family without components is one
     if settings.baselines:
         train = _rows(manifest, TRAIN_SPLIT, noise).reshape(manifest.n_samples(TRAIN_SPLIT), -1)

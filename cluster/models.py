@@ -37,6 +37,11 @@ class LocalModel:
         facts = [self.document["family"], self.document["arguments"], self.data["shape"], self.data.get("levels")]
         return hashlib.sha256(json.dumps([weights, *facts], sort_keys=True).encode()).hexdigest()
 
+    @property
+    def is_density(self) -> bool:
+        """Whether the model has log-densities, and not samples alone."""
+        return hasattr(self.model, "log_prob")
+
     def require(self, ability: str) -> None:
         """Raises UserError unless the model has the method `ability`."""
         if not hasattr(self.model, ability):

@@ -211,7 +211,7 @@ def _compare_values(
     """Log-likelihood (of classifiers: cross-entropy and accuracy) on the same samples, or as they were recorded."""
     models = (candidate, incumbent)
     classify = all(isinstance(model, LocalClassifier) for model in models)
-    if not classify and not all(hasattr(model.model, "log_prob") for model in models):
+    if not classify and not all(model.is_density for model in models):
         return
     place = protocol.data or _data_of(champion, uri)
     if place is not None:

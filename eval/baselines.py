@@ -11,6 +11,8 @@ from data.errors import UserError
 class FullGaussianMixture:
     """A fitted mixture of Gaussians with full covariance matrices over `[d]` features, in float64."""
 
+    is_density = True
+
     def __init__(self, mixture: GaussianMixture) -> None:
         self._mixture = mixture
         self._factors = np.linalg.cholesky(mixture.covariances_)

@@ -12,7 +12,7 @@ import numpy as np
 from data.errors import UserError
 from data.partitions import Partitions
 from eval.bins import BinCounts, BinSettings
-from eval.drawn import Density, DrawnPartitions
+from eval.drawn import DrawnPartitions, Generator
 from eval.evaluate import Evaluation, Rule, evaluate_counts
 from eval.likelihood import LogLikelihood, summarise
 from eval.measure import local_pass
@@ -187,7 +187,7 @@ class JudgedData:
 
 def compare(
     data: JudgedData,
-    models: Mapping[str, Density],
+    models: Mapping[str, Generator],
     settings: BinSettings,
     *,
     n_samples: int,
@@ -196,11 +196,11 @@ def compare(
     scores: ScoreSettings,
     on_model: Callable[[int, str], None] = lambda done, name: None,
 ) -> Comparison:
-    """Fits bins to the reference and judges the held-out data and every density by them.
+    """Fits bins to the reference and judges the held-out data and every model by them.
 
     Args:
         data: reference and held-out samples.
-        models: densities by the name they get in tables.
+        models: by the name they get in tables.
         settings: of the bins.
         n_samples: samples drawn from each model, with `seed`.
         rule: which bins are flagged.
@@ -219,8 +219,10 @@ def compare(
     drawn = scale if data.levels is None else f"{scale}; samples put back on the pixels' grid"
     for done, (name, model) in enumerate(models.items()):
         on_model(done, name)
-        dimensions = flat.shape[1] if data.levels else None
-        likelihood = summarise(model.log_prob(flat), n_dimensions=dimensions, levels=data.levels or 256)
+        likelihood = None
+        if model.is_density:
+            dimensions = flat.shape[1] if data.levels else None
+            likelihood = summarise(model.log_prob(flat), n_dimensions=dimensions, levels=data.levels or 256)
         samples = DrawnPartitions(
             partial(_itself, model), n_samples, seed, name=name, identity=name, shape=shape, levels=data.levels
         )
@@ -239,5 +241,5 @@ def compare(
     return Comparison(reference, rows, data.levels)
 
 
-def _itself(model: Density) -> Density:
+def _itself(model: Generator) -> Generator:
     return model

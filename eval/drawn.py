@@ -15,8 +15,14 @@ from data.pixels import quantise
 _PARTITION_VALUES = 4 << 20
 
 
-class Density(Protocol):
-    """What is judged: log-densities in nats and samples, as NumPy arrays over flattened samples [n, d]."""
+class Generator(Protocol):
+    """What is judged: it draws samples, and where `is_density`, it has log-densities in nats of them as well.
+
+    Both are NumPy arrays over flattened samples [n, d].
+    """
+
+    @property
+    def is_density(self) -> bool: ...
 
     def log_prob(self, x: np.ndarray) -> np.ndarray: ...
 
@@ -35,7 +41,7 @@ class DrawnPartitions(Partitions):
 
     def __init__(
         self,
-        opened: Callable[[], Density],
+        opened: Callable[[], Generator],
         n: int,
         seed: int,
         *,
