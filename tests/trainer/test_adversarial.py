@@ -8,6 +8,7 @@ from torch import nn
 from trainer.engines import DDPEngine
 from trainer.models.gan import Critic, Generator
 from trainer.objectives.adversarial import Adversarial, gradient_penalty, mini_batch
+from trainer.objectives.likelihood import MaximumLikelihood
 from trainer.players import make_player
 from trainer.settings import OptimiserSettings
 
@@ -28,7 +29,8 @@ def player(module, **options):
 
 
 def objective_for(critic, model=None, **options):
-    return Adversarial(player(model or GaussianMixture(2, 2, spread=3.0)), player(critic), 50, **options)
+    generator = player(model or GaussianMixture(2, 2, spread=3.0))
+    return Adversarial(generator, player(critic), likelihood=MaximumLikelihood(generator, 50), **options)
 
 
 def drawn(model, n, seed):

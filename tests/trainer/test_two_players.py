@@ -12,6 +12,7 @@ from trainer.engines import make_engine
 from trainer.loop import Callbacks, train
 from trainer.models.gan import Critic, Generator
 from trainer.objectives.adversarial import Adversarial
+from trainer.objectives.likelihood import MaximumLikelihood
 from trainer.objectives.transport import Transport
 from trainer.players import make_player
 from trainer.settings import OptimiserSettings, TrainingSettings
@@ -76,7 +77,7 @@ def objective_for(name, seed):
     ]
     if name == "sinkhorn":
         return Transport(*players, **options)
-    return SharedAdversarial(*players, 1000, **options)
+    return SharedAdversarial(*players, likelihood=MaximumLikelihood(players[0], 1000), **options)
 
 
 def run(shards, name, engine, rank=0, world_size=1, *, resume=None):

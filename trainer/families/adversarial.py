@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from trainer.settings import TRAIN_SPLIT, OptimiserSettings, Settings, TrainingSettings
+from trainer.settings import OptimiserSettings, Settings, TrainingSettings
 
 if TYPE_CHECKING:
     from data.manifest import Manifest
     from trainer.models.gan import Critic
     from trainer.objectives import Objective, Player
+    from trainer.objectives.likelihood import MaximumLikelihood
 
 # The critic starts from a seed of its own: adding one leaves the generator's start as it is.
 _CRITIC_SEED = 1
@@ -63,7 +64,6 @@ class AdversarialSettings(Settings):
     likelihood_weight: float = Field(
         0.0, ge=0, description="weight of the log-likelihood (nats per sample) in the generator's loss; densities only"
     )
-    pretrain_steps: int = Field(0, ge=0, description="first so many steps of likelihood alone; densities only")
     assignment: Literal["single", "posterior", "hard"] = Field(
         "single", description="one critic; or one per component, mixed by the posterior, or that of the likeliest one"
     )
@@ -87,7 +87,7 @@ class AdversarialSettings(Settings):
     @property
     def needs_density(self) -> bool:
         """Whether the generator must have a likelihood."""
-        return bool(self.likelihood_weight or self.pretrain_steps or self.assignment != "single")
+        return bool(self.likelihood_weight or self.assignment != "single")
 
     def check_training(self, training: TrainingSettings, lanes: int) -> None:
         """Refuses what cannot work; see `FamilySettings.check_training`."""
@@ -106,23 +106,33 @@ class AdversarialSettings(Settings):
                 "ZeRO-3 then holds its weights in parts; set it to 2 or less"
             )
 
-    def objective(self, model: Any, manifest: Manifest, training: TrainingSettings) -> Objective:
-        """The objective of a generator (see `trainer.objectives.adversarial.Adversarial`) with a new critic."""
+    def objective(
+        self,
+        model: Any,
+        manifest: Manifest,
+        training: TrainingSettings,
+        likelihood: MaximumLikelihood | None = None,
+        pretrain_steps: int = 0,
+    ) -> Objective:
+        """The objective (see `trainer.objectives.adversarial.Adversarial`) of a generator, with a new critic.
+
+        A density comes with its `likelihood`, whose player it is, and may first train by that alone.
+        """
         from trainer.objectives.adversarial import Adversarial
         from trainer.players import make_player
 
-        outputs = 1 if self.assignment == "single" else model.n_components
+        generator = likelihood.players["model"] if likelihood else None
         return Adversarial(
-            make_player(model, training.optimiser, training.steps),
-            self.critic.player(model, manifest, training, outputs),
-            manifest.n_samples(TRAIN_SPLIT),
+            generator or make_player(model, training.optimiser, training.steps),
+            self.critic.player(model, manifest, training, 1 if self.assignment == "single" else model.n_components),
             loss=self.loss,
             critic_steps=self.critic_steps,
             gradient_penalty=self.gradient_penalty,
+            likelihood=likelihood,
             likelihood_weight=self.likelihood_weight,
+            pretrain_steps=pretrain_steps,
             assignment=self.assignment,
             temperature=self.temperature,
-            pretrain_steps=self.pretrain_steps,
         )
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from data.errors import UserError
+from trainer.families.adversarial import AdversarialSettings
 from trainer.settings import TRAIN_SPLIT, FamilySettings, InitialisationSettings, TrainingSettings
 
 if TYPE_CHECKING:
@@ -52,6 +53,10 @@ class FlowSettings(FamilySettings):
         "float32", description="of matrix products in training; densities are never computed in less than float32"
     )
 
+    adversarial: AdversarialSettings | None = Field(
+        None, description="training against a critic, with or without likelihood; null: likelihood alone"
+    )
+
     @model_validator(mode="after")
     def _one_prior(self) -> FlowSettings:
         if self.entropic_weight and self.stick_breaking is not None:
@@ -61,7 +66,14 @@ class FlowSettings(FamilySettings):
     @property
     def label(self) -> str:
         kind = "NICE" if self.coupling == "additive" else "Real NVP"
+        if self.adversarial:
+            likelihood = "+ML" if self.adversarial.likelihood_weight else ""
+            kind += f", {'GAN' if self.adversarial.assignment == 'single' else 'PGAN'}{likelihood}"
         return kind if self.n_components == 1 else f"MixFlow ({kind}), T={self.n_components}"
+
+    def check_training(self, training: TrainingSettings, lanes: int) -> None:
+        if self.adversarial:
+            self.adversarial.check_training(training, lanes)
 
     def check(self, manifest: Manifest, initialisation: InitialisationSettings) -> None:
         shape, base = tuple(manifest.shape), manifest.base
@@ -84,13 +96,13 @@ class FlowSettings(FamilySettings):
             raise UserError(f"{base}: real numbers have no logit, which is for pixels: set model.logit=null")
         if math.prod(shape) == 1 and self.affine == "none":
             raise UserError(f"{base}: a single feature has no partner to be coupled with: set model.affine=diagonal")
-        if self.pretrain_steps and not manifest.has_labels:
+        if self.pretrain_steps and self.n_components > 1 and not manifest.has_labels:
             raise UserError(f"{base}: the samples have no labels to pre-train by: set model.pretrain_steps=0")
 
     def build(self, manifest: Manifest) -> nn.Module:
         from trainer.models.flow import Flow
 
-        options = self.model_dump(exclude={"family", "pretrain_steps"})
+        options = self.model_dump(exclude={"family", "pretrain_steps", "adversarial"})
         return Flow(manifest.shape, n_train=manifest.n_samples(TRAIN_SPLIT), **options)
 
     def initialise(
@@ -107,4 +119,8 @@ class FlowSettings(FamilySettings):
         from trainer.players import make_player
 
         player = make_player(model, training.optimiser, training.steps)
-        return PretrainedLikelihood(player, manifest.n_samples(TRAIN_SPLIT), self.n_components, self.pretrain_steps)
+        n_train = manifest.n_samples(TRAIN_SPLIT)
+        likelihood = PretrainedLikelihood(player, n_train, self.n_components, self.pretrain_steps)
+        if self.adversarial is None:
+            return likelihood
+        return self.adversarial.objective(model, manifest, training, likelihood, self.pretrain_steps)

@@ -41,8 +41,7 @@ class GANSettings(FamilySettings):
             raise ValueError("a generator is trained by `adversarial` or by `transport`: give one of them")
         if self.adversarial and self.adversarial.needs_density:
             raise ValueError(
-                "adversarial.likelihood_weight, pretrain_steps and assignment are for densities, such as "
-                "family: flow: leave them out"
+                "adversarial.likelihood_weight and assignment are for densities, such as family: flow: leave them out"
             )
         return self
 

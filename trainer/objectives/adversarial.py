@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.objectives import Batch, Player
+from trainer.objectives.likelihood import MaximumLikelihood
 
 Loss = Literal["non-saturating", "minimax", "wasserstein"]
 Assignment = Literal["single", "posterior", "hard"]
@@ -44,44 +45,47 @@ class Adversarial:
 
     Args:
         generator, critic: the players; the critic's network gives [batch, 1], or [batch, T] with assignment.
-        n_train: number of training samples N.
+        likelihood: the generator's, with the same player; None for one that has no density.
+        pretrain_steps: first so many steps of `likelihood` alone, of the whole batch.
         loss, critic_steps, gradient_penalty, likelihood_weight, assignment, temperature: see above.
-        pretrain_steps: first so many steps of likelihood alone, of the whole batch.
     """
 
     def __init__(
         self,
         generator: Player,
         critic: Player,
-        n_train: int,
         *,
         loss: Loss = "wasserstein",
         critic_steps: int = 5,
         gradient_penalty: float | None = None,
+        likelihood: MaximumLikelihood | None = None,
         likelihood_weight: float = 0.0,
+        pretrain_steps: int = 0,
         assignment: Assignment = "single",
         temperature: float = 1.0,
-        pretrain_steps: int = 0,
     ) -> None:
         self.players: dict[str, Player] = {"model": generator, "critic": critic}
         self.networks: dict[str, Callable[..., Any]] = {"model": generator.module, "critic": critic.module}
-        self.n_train, self.kind, self.critic_steps = n_train, loss, critic_steps
-        self.gradient_penalty, self.likelihood_weight = gradient_penalty, likelihood_weight
-        self.assignment, self.temperature, self.pretrain_steps = assignment, temperature, pretrain_steps
-        self._pretraining, self._moves = False, 0
+        self.kind, self.critic_steps, self.gradient_penalty = loss, critic_steps, gradient_penalty
+        self.likelihood, self.likelihood_weight, self.pretrain_steps = likelihood, likelihood_weight, pretrain_steps
+        self.assignment, self.temperature = assignment, temperature
+        if likelihood is not None:
+            likelihood.networks = self.networks
+        self._pretrains, self._moves = False, 0
 
     def turns(self, step: int) -> Sequence[str]:
-        self._pretraining, self._moves = step < self.pretrain_steps, 0
-        return ("model",) if self._pretraining else ("critic",) * self.critic_steps + ("model",)
+        self._pretrains, self._moves = step < self.pretrain_steps, 0
+        if self._pretrains and self.likelihood is not None:
+            return self.likelihood.turns(step)
+        return ("critic",) * self.critic_steps + ("model",)
 
     def loss(self, player: str, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         if player == "critic":
             share = mini_batch(batch["x"], self._moves, self.critic_steps)
             self._moves += 1
             return self._critic_loss(share)
-        if self._pretraining:
-            log_prob, log_prior = self.networks["model"](batch["x"].flatten(1))
-            return -log_prob.mean() - log_prior / self.n_train, {"log_likelihood": log_prob.detach().mean()}
+        if self._pretrains and self.likelihood is not None:
+            return self.likelihood.loss(player, batch)
         return self._generator_loss(mini_batch(batch["x"], -1, self.critic_steps))
 
     def _critic_loss(self, real: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -106,8 +110,8 @@ class Adversarial:
 
     def _generator_loss(self, real: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         n = len(real)
-        weight = self.likelihood_weight
-        log_prob, log_prior, fake, components = self.networks["model"](real if weight else None, n)
+        likelihood = self.likelihood if self.likelihood_weight else None
+        log_prob, log_prior, fake, components = self.networks["model"](None if likelihood is None else real, n)
         posterior = self._posterior(fake.detach())
         if posterior is not None and self.assignment == "hard":
             posterior = F.one_hot(components, posterior.shape[1]).to(posterior)
@@ -116,10 +120,9 @@ class Adversarial:
             loss = -value.mean()
         else:
             loss = F.softplus(-value).mean() if self.kind == "non-saturating" else -F.softplus(value).mean()
-        if weight:
-            log_likelihood = log_prob.mean()
-            loss = loss - weight * (log_likelihood + log_prior / self.n_train)
-            return loss, {"adversarial": -value.detach().mean(), "log_likelihood": log_likelihood.detach()}
+        if likelihood is not None:
+            by_likelihood, scalars = likelihood.of(log_prob, log_prior)
+            return loss + self.likelihood_weight * by_likelihood, {"adversarial": loss.detach(), **scalars}
         # What only the likelihood would train (a mixture's weights) gets a gradient of zero: DDP waits for each.
         return loss + 0 * sum(p.sum() for p in self.players["model"].module.parameters()), {}
 
@@ -132,7 +135,8 @@ class Adversarial:
         joint = density.component_log_prob(x)
         if self.assignment == "hard":
             return F.one_hot(joint.argmax(1), joint.shape[1]).to(joint)
-        return (joint / self.temperature).softmax(1)
+        # Where x has no density at all, every component weighs the same.
+        return (joint / self.temperature).clamp_min(torch.finfo(joint.dtype).min).softmax(1)
 
     def _interpolation(self, n: int) -> Tensor:
         return torch.rand(n, 1)
