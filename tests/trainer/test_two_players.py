@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from densities import GaussianMixture
 from distributed import run_ranks
 
 from data.manifest import load_manifest
@@ -10,9 +9,10 @@ from data.stream import ShardStream
 from trainer import loop
 from trainer.engines import make_engine
 from trainer.loop import Callbacks, train
+from trainer.models.flow import Flow
 from trainer.models.gan import Critic, Generator
 from trainer.objectives.adversarial import Adversarial
-from trainer.objectives.likelihood import MaximumLikelihood
+from trainer.objectives.likelihood import PretrainedLikelihood
 from trainer.objectives.transport import Transport
 from trainer.players import make_player
 from trainer.settings import OptimiserSettings, TrainingSettings
@@ -48,9 +48,9 @@ class SharedGenerator(Generator):
         return SHARED.rows(lambda all_: (super(SharedGenerator, self)._noise(all_),), n)[0]
 
 
-class SharedMixture(GaussianMixture):
-    def _noise(self, n):
-        return SHARED.rows(super()._noise, n)
+class SharedFlow(Flow):
+    def _draw(self, n, generator):
+        return SHARED.rows(lambda all_: super(SharedFlow, self)._draw(all_, generator), n)
 
 
 class SharedAdversarial(Adversarial):
@@ -63,9 +63,11 @@ def objective_for(name, seed):
     torch.manual_seed(seed)
     options = OBJECTIVES[name]
     dense = name in ("pgan", "gan of a density")
-    network = (
-        SharedMixture(3, 64, 0.3, seed) if dense else SharedGenerator((8, 8, 1), n_latent=4, width=4, bounded=True)
-    )
+    if dense:  # its weights by EM, or by gradient
+        weights = "em" if name == "pgan" else "gradient"
+        network = SharedFlow((64,), 3, 2, width=8, n_layers=1, affine="none", weights=weights)
+    else:
+        network = SharedGenerator((8, 8, 1), n_latent=4, width=4, bounded=True)
     critics = 3 if name == "pgan" else 4 if name == "sinkhorn" else 1
     critic = Critic((64,) if dense else (8, 8, 1), critics, n_hidden=12, n_layers=2, n_shared=1, width=4)
     adam = OptimiserSettings(learning_rate=1e-3, beta1=0.5, beta2=0.9)
@@ -77,7 +79,7 @@ def objective_for(name, seed):
     ]
     if name == "sinkhorn":
         return Transport(*players, **options)
-    return SharedAdversarial(*players, likelihood=MaximumLikelihood(players[0], 1000), **options)
+    return SharedAdversarial(*players, likelihood=PretrainedLikelihood(players[0], 1000, 3, 6), **options)
 
 
 def run(shards, name, engine, rank=0, world_size=1, *, resume=None):
