@@ -119,6 +119,13 @@ BASE = ["model={family: gan, adversarial: {gradient_penalty: 10}}", "hierarchy=n
         (["training.batch_size=256"], ["batch_size (256)", "5 turns", "multiple of 10"]),
         (["training.lanes=4", "training.batch_size=250"], ["4 lanes", "multiple of 20"]),
         (["training.engine=deepspeed", "training.zero_stage=3"], ["zero_stage=3", "gradient_penalty", "twice"]),
+        (
+            [
+                *("training.engine=deepspeed", "training.zero_stage=3", "model.adversarial.gradient_penalty=null"),
+                "model.adversarial.critic.weight_clip=0.01",
+            ],
+            ["zero_stage=3", "in parts"],
+        ),
         (["model.adversarial.critic.weight_clip=0.01"], ["gradient_penalty or critic.weight_clip, not both"]),
         (["model.adversarial.gradient_penalty=null"], ["must be bounded", "weight_clip"]),
         (["model.adversarial.likelihood_weight=1"], ["for densities", "leave them out"]),

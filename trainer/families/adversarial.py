@@ -92,19 +92,12 @@ class AdversarialSettings(Settings):
     def check_training(self, training: TrainingSettings, lanes: int) -> None:
         """Refuses what cannot work; see `FamilySettings.check_training`."""
         check_shares(training, lanes, self.critic_steps, "adversarial")
-        if training.engine != "deepspeed" or training.zero_stage < 3:
-            return
-        refused = "training.zero_stage=3 cannot train with model.adversarial"
-        if self.gradient_penalty is not None:
-            raise ValueError(
-                f"{refused}.gradient_penalty, which differentiates twice: ZeRO-3 has let go of the weights by then; "
-                "set it to 2 or less"
-            )
-        if self.assignment != "single":
-            raise ValueError(
-                f"{refused}.assignment={self.assignment}, which asks the generator for posteriors out of its turn: "
-                "ZeRO-3 then holds its weights in parts; set it to 2 or less"
-            )
+        refuse_zero_3(
+            training,
+            "gradient_penalty, which is differentiated twice: ZeRO-3 has let go of the weights by then"
+            if self.gradient_penalty is not None
+            else "adversarial, in which each network is asked in the other's turn: ZeRO-3 then holds it in parts",
+        )
 
     def objective(
         self,
@@ -157,6 +150,8 @@ class TransportSettings(Settings):
     def check_training(self, training: TrainingSettings, lanes: int) -> None:
         """Refuses what cannot work; see `FamilySettings.check_training`."""
         check_shares(training, lanes, self.critic_steps if self.embedding else 1, "transport")
+        if self.embedding:
+            refuse_zero_3(training, "embedding, which is asked in the generator's turn: ZeRO-3 then holds it in parts")
 
     def objective(self, model: Any, manifest: Manifest, training: TrainingSettings) -> Objective:
         """The objective of a generator (see `trainer.objectives.transport.Transport`)."""
@@ -181,3 +176,9 @@ def check_shares(training: TrainingSettings, lanes: int, turns: int, section: st
             f"training.batch_size ({training.batch_size}) is shared by {turns} turns of the critic "
             f"(model.{section}.critic_steps) and {lanes} lanes: make it a multiple of {lanes * turns}"
         )
+
+
+def refuse_zero_3(training: TrainingSettings, what: str) -> None:
+    """Raises ValueError, with the reason, where training is by DeepSpeed's ZeRO-3."""
+    if training.engine == "deepspeed" and training.zero_stage == 3:
+        raise ValueError(f"training.zero_stage=3 cannot train with {what}; set it to 2 or less")
