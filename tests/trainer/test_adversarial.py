@@ -5,12 +5,17 @@ import torch
 from densities import GaussianMixture
 from torch import nn
 
+from data.shards import pack
+from data.sources import open_source
 from trainer.engines import DDPEngine
+from trainer.families.flow import FlowSettings
+from trainer.fit import Fit, trained_tensors
+from trainer.loop import Callbacks
 from trainer.models.gan import Critic, Generator
 from trainer.objectives.adversarial import Adversarial, gradient_penalty, mini_batch
 from trainer.objectives.likelihood import MaximumLikelihood
 from trainer.players import make_player
-from trainer.settings import OptimiserSettings
+from trainer.settings import InitialisationSettings, OptimiserSettings, TrainingSettings
 
 
 class Linear(nn.Module):
@@ -265,3 +270,36 @@ def test_a_perfect_critic_teaches_the_generator():
         torch.manual_seed(step)
         engine.step("model", objective.loss("model", {"x": torch.zeros(64, 1)})[0], 1e-2)
     assert (generator.sample(500) - 3).abs().mean() < 0.1
+
+
+def test_where_a_density_has_no_support_all_critics_count_the_same():
+    model = GaussianMixture(2, 2)
+    objective = objective_for(Linear([[1.0, 2.0], [-3.0, 0.5]]), model, assignment="posterior", critic_steps=1)
+    model.component_log_prob = lambda x: torch.full((len(x), 2), -torch.inf)
+    assert torch.equal(objective._posterior(REAL), torch.full((3, 2), 0.5))
+
+
+def test_a_mixture_of_flows_trains_against_its_critics(tmp_path):
+    """From a recipe's settings through the loop: what is logged, and what remains."""
+    manifest = pack(open_source("ring:3,samples=900"), str(tmp_path / "ring"))
+    critic = {"n_hidden": 8, "n_layers": 2, "n_shared": 1}
+    adversarial = {"gradient_penalty": 0.1, "likelihood_weight": 1, "assignment": "posterior", "critic": critic}
+    family = FlowSettings.model_validate(
+        {"n_components": 3, "n_couplings": 2, "width": 8, "pretrain_steps": 2, "adversarial": adversarial}
+    )
+    assert family.label == "MixFlow (NICE, PGAN+ML), T=3"
+    training = TrainingSettings(steps=6, batch_size=150, log_every=3, dequantise=False)
+    torch.manual_seed(0)
+    model, logged = family.build(manifest), []
+    family.initialise(model, manifest, training, InitialisationSettings())
+    state = Fit(model, manifest, training, objective=family.objective).run(Callbacks(on_log=logged.append))
+    assert {"loss", "adversarial", "log_likelihood", "critic_loss", "critic_gap", "critic_penalty"} <= set(
+        logged[-1].metrics
+    )
+    assert state["critic.module.heads.1.weight"].shape == (3, 8, 1)
+    tensors = trained_tensors(state)
+    again = family.build(manifest)
+    again.load_state_dict({name: tensors[name] for name in again.state_dict()})
+    assert torch.equal(again.shift, model.shift)
+    with pytest.raises(ValueError, match="ZeRO-3"):
+        family.check_training(training.model_copy(update={"engine": "deepspeed", "zero_stage": 3}), lanes=1)
