@@ -174,10 +174,10 @@ def test_without_couplings_it_is_a_gaussian_mixture():
     x = rows_for(model, 30)
     parts = []
     for c in range(2):
-        unit = model.lower[c].tril(-1) + torch.eye(3, dtype=torch.float64)
+        triangle = model.lower[c].tril(-1) / 3 + model.log_diagonal[c].exp().diag()
         # z is in the order of even, then odd features; the affine layer in that of the data.
-        whitening = (model.log_scale[c][[0, 2, 1]] - model.log_width[c]).exp().diag()
-        covariance = torch.linalg.inv((whitening @ unit).T @ (whitening @ unit)).detach().numpy()
+        whitening = model.log_scale[c][[0, 2, 1]].exp().diag() @ triangle @ (-model.log_width[c]).exp().diag()
+        covariance = torch.linalg.inv(whitening.T @ whitening).detach().numpy()
         density = multivariate_normal(model.shift[c].detach().numpy(), covariance)
         parts.append(density.logpdf(x.numpy()) + math.log(model.mixing_coefficients[c].item()))
     assert np.allclose(model.log_prob(x).detach().numpy(), np.logaddexp.reduce(parts, axis=0), atol=1e-10)
