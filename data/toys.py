@@ -17,9 +17,12 @@ _CHUNK = 2**22
 
 
 class Toy(Protocol):
-    """A distribution in the plane; `samples` is how many a source draws of it."""
+    """A distribution in the plane."""
 
-    samples: int
+    @property
+    def samples(self) -> int:
+        """How many samples a source draws."""
+        ...
 
     def draw(self, n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Samples [n, 2] float32 and the components [n] int64 that they come from."""

@@ -53,14 +53,13 @@ def initialise_flow(model: Flow, x: np.ndarray, settings: InitialisationSettings
     clusters = [y[labels == k] if sizes[k] else y for k in range(t)]
     shift = torch.stack([members.mean(0) for members in clusters])
     width = torch.stack([_widths(members, y) for members in clusters])
-    lower = None
+    triangle = None
     if model.affine == "full":
         scaled = [(members - shift[k]) / width[k] for k, members in enumerate(clusters)]
         common = torch.stack([part.T @ part for part in scaled]).sum(0) / sum(len(part) for part in scaled)
-        lower = torch.empty(t, d, d, dtype=y.dtype)
-        for k, part in enumerate(scaled):
-            width[k], lower[k] = _whitening(part, common, width[k])
-    model.set_affine(sizes.clamp_min(1) / sizes.clamp_min(1).sum(), shift, width / _base_deviation(model), lower)
+        triangle = torch.stack([_whitening(part, common) for part in scaled])
+    mixing = sizes.clamp_min(1) / sizes.clamp_min(1).sum()
+    model.set_affine(mixing, shift, width / _base_deviation(model), triangle)
 
 
 def _base_deviation(model: Flow) -> float:
@@ -75,12 +74,9 @@ def _widths(members: Tensor, y: Tensor) -> Tensor:
     return torch.maximum(members.std(0, correction=0), _LEAST_WIDTH * overall)
 
 
-def _whitening(scaled: Tensor, common: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
-    """Widths [d] and the unit lower triangle [d, d] that whiten samples that are `scaled` to unit widths."""
+def _whitening(scaled: Tensor, common: Tensor) -> Tensor:
+    """The lower triangular matrix [d, d] that whitens samples of unit widths."""
     covariance = (1 - _COMMON_SHARE) * scaled.T @ scaled / len(scaled) + _COMMON_SHARE * common
     covariance.diagonal().add_(_LEAST_WIDTH)
     factor = torch.linalg.cholesky(covariance)
-    identity = torch.eye(len(factor), dtype=factor.dtype)
-    inverse = torch.linalg.solve_triangular(factor, identity, upper=False) / width  # of the unscaled samples
-    diagonal = inverse.diagonal()
-    return 1 / diagonal, inverse / diagonal.unsqueeze(1)
+    return torch.linalg.solve_triangular(factor, torch.eye(len(factor), dtype=factor.dtype), upper=False)

@@ -5,13 +5,23 @@ import math
 import numpy as np
 import pytest
 import torch
+from distributed import run_ranks
 from flows import random_flow
 from scipy.stats import multivariate_normal
 
+from data.errors import UserError
+from data.manifest import load_manifest
+from data.shards import pack
+from data.sources import open_source
+from data.stream import read_blocks
+from data.toys import toy
 from trainer.checkpoint import load_model, save_model
+from trainer.families.flow import FlowSettings
+from trainer.fit import Fit, trained_tensors
 from trainer.initialise_flow import initialise_flow
+from trainer.loop import Callbacks
 from trainer.models.flow import Flow
-from trainer.settings import InitialisationSettings
+from trainer.settings import InitialisationSettings, OptimiserSettings, TrainingSettings
 
 # one component, many, one feature, an odd number of features, images in one scale and in two
 FLOWS = {
@@ -164,10 +174,10 @@ def test_without_couplings_it_is_a_gaussian_mixture():
     x = rows_for(model, 30)
     parts = []
     for c in range(2):
-        unit = model.lower[c].tril(-1) + torch.eye(3, dtype=torch.float64)
+        triangle = model.lower[c].tril(-1) / 3 + model.log_diagonal[c].exp().diag()
         # z is in the order of even, then odd features; the affine layer in that of the data.
-        whitening = (model.log_scale[c][[0, 2, 1]] - model.log_width[c]).exp().diag()
-        covariance = torch.linalg.inv((whitening @ unit).T @ (whitening @ unit)).detach().numpy()
+        whitening = model.log_scale[c][[0, 2, 1]].exp().diag() @ triangle @ (-model.log_width[c]).exp().diag()
+        covariance = torch.linalg.inv(whitening.T @ whitening).detach().numpy()
         density = multivariate_normal(model.shift[c].detach().numpy(), covariance)
         parts.append(density.logpdf(x.numpy()) + math.log(model.mixing_coefficients[c].item()))
     assert np.allclose(model.log_prob(x).detach().numpy(), np.logaddexp.reduce(parts, axis=0), atol=1e-10)
@@ -274,3 +284,138 @@ def test_stick_breaking_takes_the_weight_of_what_is_too_small():
     assert (best > 0).tolist() == [False, True, False, True, False, True]
     model._set_weights(best)
     assert model.live_components.tolist() == [1, 3, 5]
+
+
+def ring_settings(steps=250, learning_rate=5e-3, **training):
+    return TrainingSettings(
+        steps=steps,
+        batch_size=200,
+        lanes=2,
+        checkpoint_every=100,
+        optimiser=OptimiserSettings(learning_rate=learning_rate, beta1=0.5, beta2=0.9, schedule="cosine"),
+        **training,
+    )
+
+
+def trained(shards, family, settings, rank=0, world_size=1, *, resume=None, saved=None, start="kmeans", tilt=False):
+    """The final tensors, starting on each rank from other weights; with `tilt`, from unequal ones."""
+    manifest = load_manifest(shards)
+    torch.manual_seed(rank)
+    model = family.build(manifest)
+    if rank == 0:
+        family.initialise(model, manifest, settings, InitialisationSettings(method=start, n_init=10))
+    if tilt:
+        model._set_weights(torch.tensor([1.0, 2, 3, 4, 5, 6]) / 21)
+    fit = Fit(model, manifest, settings, rank=rank, world_size=world_size, lanes=2, objective=family.objective)
+    keep = saved if saved is not None else {}
+    state = fit.run(Callbacks(on_checkpoint=keep.__setitem__), resume)
+    return trained_tensors(state)
+
+
+@pytest.fixture(scope="module")
+def ring_pack(tmp_path_factory):
+    return pack(open_source("ring:6,samples=12000"), str(tmp_path_factory.mktemp("ring")))
+
+
+def gap(tensors, family, manifest):
+    """Nats per sample by which a flow's likelihood of fresh samples of the ring is below the truth."""
+    model = family.build(manifest)
+    model.load_state_dict({name: tensors[name] for name in model.state_dict()})
+    ring = toy("ring")
+    x, _ = ring.draw(5000, np.random.default_rng(99))
+    with torch.no_grad():
+        return (ring.log_density(x) - model.eval().log_prob(torch.from_numpy(x)).numpy()).mean(), model
+
+
+def test_em_and_gradients_learn_the_same_mixture(ring_pack):
+    """From weights that are far off: both end at sixths, and near the truth."""
+    for weights in ("em", "gradient"):
+        family = FlowSettings(n_components=6, n_couplings=2, width=24, weights=weights)
+        tensors = trained(ring_pack.base, family, ring_settings(400), tilt=True)
+        missing, model = gap(tensors, family, ring_pack)
+        assert missing < 0.02
+        assert (model.mixing_coefficients - 1 / 6).abs().max() < 0.02
+
+
+@pytest.mark.parametrize(("weights", "share", "rate"), [("em", 0.01, 5e-3), ("gradient", 0.03, 2e-2)])
+def test_stick_breaking_finds_the_number_of_components(ring_pack, weights, share, rate):
+    """Ten components for six modes; the prior's pull on the weights of the others costs some hundredths of a nat."""
+    family = FlowSettings(n_components=10, n_couplings=0, weights=weights, stick_breaking=share, weight_rate=0.2)
+    settings = ring_settings(600, learning_rate=rate)
+    missing, model = gap(trained(ring_pack.base, family, settings), family, ring_pack)
+    assert len(model.live_components) == 6
+    assert missing < 0.04
+
+
+def test_pre_training_gives_each_component_its_label(ring_pack):
+    family = FlowSettings(n_components=6, n_couplings=2, width=24, affine="diagonal", pretrain_steps=250)
+    tensors = trained(ring_pack.base, family, ring_settings(), start="random")
+    _, model = gap(tensors, family, ring_pack)
+    block = next(iter(read_blocks(ring_pack, "test")))
+    found = model.component_log_prob(torch.from_numpy(block["x"])).argmax(1)
+    assert (found.numpy() == block["label"]).mean() > 0.99
+
+
+ENGINES = {"ddp": {}, "zero-0": {"engine": "deepspeed"}, "zero-2": {"engine": "deepspeed", "zero_stage": 2}}
+SMALL = FlowSettings(n_components=3, n_couplings=2, width=8, weights="em", weight_start=5, pretrain_steps=3)
+
+
+def on_rank(rank, shards):
+    """Every engine, uninterrupted and resumed."""
+    out = {}
+    for name, options in ENGINES.items():
+        saved: dict = {}
+        settings = ring_settings(20, **options).model_copy(update={"checkpoint_every": 8})
+        out[name] = trained(shards, SMALL, settings, rank, 2, saved=saved)
+        out[name + " resumed"] = trained(shards, SMALL, settings, rank, 2, resume=(8, saved[8]))
+    return out
+
+
+def test_two_workers_learn_weights_by_em_as_one_does(ring_pack, tmp_path):
+    """DDP and DeepSpeed, resumed or not: the responsibilities of the whole batch move the weights on every rank."""
+    import test_flow  # by its plain name, so that spawned processes find the function
+
+    alone = trained(ring_pack.base, SMALL, ring_settings(20))
+    ranks = run_ranks(test_flow.on_rank, 2, tmp_path, ring_pack.base)
+    for name, tensors in ranks[0].items():
+        assert int(tensors["batches_seen"]) == 20
+        for key, value in alone.items():
+            assert torch.equal(tensors[key], ranks[1][name][key]), (name, key)
+            assert torch.allclose(value, tensors[key], atol=2e-5), (name, key)
+
+
+def test_bfloat16_products_are_for_training_alone():
+    exact, model = (random_flow([6], 2, dtype=torch.float32, precision=p) for p in ("float32", "bfloat16"))
+    x = rows_for(model, 200)
+    assert torch.equal(exact.log_prob(x), model.log_prob(x))
+    rough = model.train()(x)[0]
+    assert rough.dtype == torch.float32
+    error = (rough - exact.log_prob(x)).abs().max()
+    assert 0 < error < 0.1
+    rough.mean().backward()
+    exact.log_prob(x).mean().backward()
+    for ours, theirs in zip(model.parameters(), exact.parameters()):
+        assert ours.grad.dtype == torch.float32
+        assert (ours.grad - theirs.grad).norm() < 0.05 * theirs.grad.norm() + 1e-4
+
+
+@pytest.mark.parametrize(
+    ("options", "shape", "levels", "part"),
+    [
+        ({"network": "conv"}, (7, 8, 1), 256, "even"),
+        ({"network": "conv"}, (8,), None, "model.network=mlp"),
+        ({"logit": 0.05}, (4,), None, "model.logit=null"),
+        ({"affine": "none"}, (1,), None, "model.affine=diagonal"),
+        ({"pretrain_steps": 5}, (4,), None, "no labels"),
+    ],
+)
+def test_data_that_a_flow_cannot_be_trained_on(options, shape, levels, part, tmp_path, array_file):
+    x = np.zeros((20, *shape), np.float32 if levels is None else np.uint8)
+    manifest = pack(open_source(f"array:{array_file(x)}"), str(tmp_path / "pack"))
+    with pytest.raises(UserError, match=part) as caught:
+        FlowSettings(**options).check(manifest, InitialisationSettings())
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="20 samples|16 samples"):
+        FlowSettings(n_components=50).check(manifest, InitialisationSettings())
+    with pytest.raises(UserError, match="kmeans or random"):
+        FlowSettings().check(manifest, InitialisationSettings(method="k-subspaces"))

@@ -34,8 +34,9 @@ class Flow(nn.Module):
     the flow is the affine layer alone, as the last layers of all networks are zero.
 
     Parameters (shapes): `mixing_logits` [T], `log_scale` [T, d] (log S), `shift` and `log_width` [T, d] (the affine
-    layer, (x - shift) / exp(log_width)), `lower` [T, d, d] (its unit lower triangle, where it is full), and those of
-    the coupling networks. Where `weights` is "em", `mixing_logits` is a buffer.
+    layer, (x - shift) / exp(log_width)), `lower` [T, d, d] and `log_diagonal` [T, d] (where it is full, the triangular
+    matrix that follows: d times what is below the diagonal, and the diagonal's logarithm), and those of the coupling
+    networks. Where `weights` is "em", `mixing_logits` is a buffer.
 
     The weights by EM: as batch normalisation keeps running means, `forward` in training mode moves the weights towards
     the responsibilities of the batch, averaged over all workers, π <- π + λ_c (E[p(c | x)] - π), after the first
@@ -139,6 +140,7 @@ class Flow(nn.Module):
             self.log_width = nn.Parameter(torch.zeros(t, d))
         if affine == "full":
             self.lower = nn.Parameter(torch.zeros(t, d, d))
+            self.log_diagonal = nn.Parameter(torch.zeros(t, d))
 
     @property
     def config(self) -> dict[str, Any]:
@@ -159,8 +161,10 @@ class Flow(nn.Module):
         return (self.mixing_coefficients >= max(self.stick_breaking or 0.0, _NOTHING)).nonzero().squeeze(1)
 
     @torch.no_grad()
-    def set_affine(self, mixing: Tensor, shift: Tensor, width: Tensor, lower: Tensor | None = None) -> None:
-        """Sets π [T] and the affine layers: `shift` and `width` [T, d], after `logit`; `lower` [T, d, d] where full.
+    def set_affine(self, mixing: Tensor, shift: Tensor, width: Tensor, triangle: Tensor | None = None) -> None:
+        """Sets π [T] and the affine layers: `shift` and `width` [T, d], after `logit`.
+
+        `triangle` [T, d, d], where the layer is full, is lower triangular with a positive diagonal.
 
         Raises:
             ValueError: the flow has no affine layer.
@@ -170,8 +174,9 @@ class Flow(nn.Module):
         self._set_weights(mixing)
         self.shift.copy_(shift)
         self.log_width.copy_(width.log())
-        if lower is not None:
-            self.lower.copy_(lower)
+        if triangle is not None:
+            self.log_diagonal.copy_(triangle.diagonal(dim1=1, dim2=2).log())
+            self.lower.copy_(triangle.tril(-1) * self.n_features)
 
     def preprocess(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What enters the affine layers, [batch, d], and log |det dy/dx| [batch]: -inf outside of the support."""
@@ -197,10 +202,10 @@ class Flow(nn.Module):
         h = y.expand(self.n_components, *y.shape)
         constant = self.log_scale.sum(1)
         if self.affine != "none":
-            h = h - self.shift.unsqueeze(1)
+            h = (h - self.shift.unsqueeze(1)) * (-self.log_width).exp().unsqueeze(1)
             if self.affine == "full":
-                h = h + torch.bmm(h, self.lower.tril(-1).mT)
-            h = h * (-self.log_width).exp().unsqueeze(1)
+                h = torch.bmm(h, self._triangle().mT)
+                constant = constant + self.log_diagonal.sum(1)
             constant = constant - self.log_width.sum(1)
         z, by_couplings = self.body(h)
         return z * self.log_scale.exp().unsqueeze(1), log_det + by_couplings + constant.unsqueeze(1)
@@ -299,13 +304,16 @@ class Flow(nn.Module):
         rows = z.new_zeros(self.n_components, int(counts.max()) if len(z) else 0, self.n_features)
         h = self.body.inverse(rows.index_put((component, place), z) * (-self.log_scale).exp().unsqueeze(1))
         if self.affine != "none":
-            h = h * self.log_width.exp().unsqueeze(1)
             if self.affine == "full":
-                unit = self.lower.tril(-1) + torch.eye(self.n_features, dtype=h.dtype, device=h.device)
-                h = torch.linalg.solve_triangular(unit.mT, h, upper=True, left=False, unitriangular=True)
-            h = h + self.shift.unsqueeze(1)
+                h = torch.linalg.solve_triangular(self._triangle().mT, h, upper=True, left=False)
+            h = h * self.log_width.exp().unsqueeze(1) + self.shift.unsqueeze(1)
         y = h[component, place]
         return y if self.logit is None else (y.sigmoid() - self.logit) / (1 - 2 * self.logit)
+
+    def _triangle(self) -> Tensor:
+        """The full affine layer's matrix, [T, d, d]."""
+        # A step of the optimiser in all of a row then moves an output as much as one in its shift.
+        return (self.lower / self.n_features).tril(-1) + torch.diag_embed(self.log_diagonal.exp())
 
     def _draw(self, n: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         mixing = self.mixing_coefficients.detach()
