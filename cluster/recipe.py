@@ -200,6 +200,11 @@ class Recipe(Settings):
         return self
 
     @model_validator(mode="after")
+    def _can_be_trained(self) -> Recipe:
+        self.model.check_training(self.training, self.training.lanes or self.scaling.workers)
+        return self
+
+    @model_validator(mode="after")
     def _batch_divides(self) -> Recipe:
         polish = self.hierarchy.polish if self.hierarchy else None
         for name, training in (("training", self.training), ("hierarchy.polish", polish)):

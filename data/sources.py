@@ -1,4 +1,4 @@
-"""Where samples come from: built-in data sets, MNIST's files, folders of images, and NumPy arrays."""
+"""Where samples come from: built-in data sets, toys, MNIST's files, folders of images, and NumPy arrays."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from data import images
 from data.errors import UserError, io_error
 from data.limits import MAX_MAGNITUDE, MAX_SEED, MAX_SIDE
 from data.storage import check_name, local_folder
+from data.toys import TOYS, toy
 
-SPECS = "digits, mnist:FOLDER, svhn:FOLDER, images:FOLDER, array:FILE.npy, array:FILE.npz"
+SPECS = "digits, mnist:FOLDER, svhn:FOLDER, images:FOLDER, array:FILE.npy, array:FILE.npz, ring, swissroll, seven"
 
 
 class SourceOptions(BaseModel):
@@ -106,7 +107,8 @@ class Source:
 
 def is_spec(text: str) -> bool:
     """Whether a text is meant as the spec of a source, and not as a path or URL."""
-    return text == "digits" or text.partition(":")[0] in _OPENERS
+    kind = text.partition(":")[0]
+    return text == "digits" or kind in TOYS or kind in _OPENERS
 
 
 def open_source(spec: str, options: SourceOptions | None = None) -> Source:
@@ -116,8 +118,8 @@ def open_source(spec: str, options: SourceOptions | None = None) -> Source:
         spec: `digits` (8x8 images of scikit-learn, 17 levels), `mnist:FOLDER` (IDX files, gzipped or not),
             `svhn:FOLDER` (train_32x32.mat and test_32x32.mat, the format of Street View House Numbers),
             `images:FOLDER` (a tree of PNG and JPEG files; the folder that an image lies in is its class; folders
-            `train`, `test` and `validation` at the top are splits), or `array:FILE` (.npy, or .npz with `x` and
-            perhaps `y`, `label` or `labels`).
+            `train`, `test` and `validation` at the top are splits), `array:FILE` (.npy, or .npz with `x` and
+            perhaps `y`, `label` or `labels`), or a toy distribution, drawn by the options' seed (see `data.toys`).
         options: defaults where None.
 
     Raises:
@@ -129,6 +131,8 @@ def open_source(spec: str, options: SourceOptions | None = None) -> Source:
     kind, _, place = spec.partition(":")
     if spec == "digits":
         source = _open_digits(options)
+    elif kind in TOYS:
+        source = _open_toy(spec, kind, options)
     elif kind in _OPENERS and place:
         source = _OPENERS[kind](spec, place, options)
     else:
@@ -206,6 +210,13 @@ def _open_digits(options: SourceOptions) -> Source:
     names = tuple("0123456789")
     parts = _divide("digits", {"train": _whole(x, digits.target)}, options, names)
     return Source("digits", "digits", x.shape[1:], "uint8", 17, names, parts)
+
+
+def _open_toy(spec: str, kind: str, options: SourceOptions) -> Source:
+    distribution = toy(spec)
+    x, labels = distribution.draw(distribution.samples, np.random.default_rng([options.seed, 3]))
+    parts = _divide(spec, {"train": _whole(x, labels)}, options)
+    return Source(kind, spec, x.shape[1:], "float32", None, None, parts)
 
 
 def _open_mnist(spec: str, place: str, options: SourceOptions) -> Source:

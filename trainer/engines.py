@@ -217,6 +217,9 @@ class DeepSpeedEngine(_Base):
             with self._gathered(player, write=True):
                 _load_module(state, name, player.module)
             states = self._torch_states(name)
+            for moment in (value for moments in states.values() for value in moments.values()):
+                if isinstance(moment, Tensor):
+                    moment.zero_()  # of a player that had not moved yet
             for key, parameter in player.module.named_parameters():
                 if self.stage > 0:
                     value = state[f"{name}.module.{key}"].to(self.device)

@@ -170,7 +170,7 @@ class Fit:
 def trained_tensors(state: State) -> State:
     """The model's tensors in a training state, by their names in the model.
 
-    The player `model` is the whole model; another player is the part of the model that has its name.
+    The player `model` is the model; the tensors of another player, such as a critic, have its name before them.
     """
     found = {}
     for key, value in state.items():

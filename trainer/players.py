@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,8 +13,12 @@ from trainer.objectives import Player
 from trainer.settings import OptimiserSettings
 
 
-def make_player(module: nn.Module, settings: OptimiserSettings, steps: int) -> Player:
+def make_player(
+    module: nn.Module, settings: OptimiserSettings, steps: int, *, weight_clip: float | None = None
+) -> Player:
     """A player whose learning rate follows the settings' schedule over `steps` steps.
+
+    With `weight_clip` c every update ends with all parameters held within [-c, c].
 
     Only element-wise update rules are offered: ZeRO flattens parameters, which others would not notice.
     """
@@ -26,7 +31,21 @@ def make_player(module: nn.Module, settings: OptimiserSettings, steps: int) -> P
         optimiser = torch.optim.RMSprop(parameters, s.learning_rate, alpha=s.beta2, momentum=s.beta1)
     else:
         optimiser = torch.optim.SGD(parameters, s.learning_rate, momentum=s.beta1)
+    if weight_clip is not None:
+        optimiser.register_step_post_hook(_clip(weight_clip))
     return Player(module, optimiser, learning_rate_schedule(s, steps), s.gradient_clip)
+
+
+def _clip(bound: float) -> Callable[..., None]:
+    """A hook of the optimiser, not of the module: ZeRO updates flat copies of its own, which would undo the clip."""
+
+    @torch.no_grad()
+    def hook(optimiser: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        for group in optimiser.param_groups:
+            for parameter in group["params"]:
+                parameter.clamp_(-bound, bound)
+
+    return hook
 
 
 def learning_rate_schedule(settings: OptimiserSettings, steps: int) -> Callable[[int], float]:

@@ -48,6 +48,13 @@ class FamilySettings(Settings, ABC):
             UserError: what is wrong with it.
         """
 
+    def check_training(self, training: TrainingSettings, lanes: int) -> None:
+        """Refuses, when a recipe is read, what cannot be trained so; the data's order is cut into `lanes` shares.
+
+        Raises:
+            ValueError: which combination, and what to do.
+        """
+
     @abstractmethod
     def build(self, manifest: Manifest) -> nn.Module:
         """The untrained model for the manifest's samples; torch's generator is seeded."""
@@ -65,7 +72,7 @@ class FamilySettings(Settings, ABC):
     def objective(self, model: Any, manifest: Manifest, training: TrainingSettings) -> Objective:
         """What is optimised, with the model's networks as players.
 
-        The player `model` is the model itself; a player of any other name is the model's attribute of that name.
+        The player `model` is the model itself, what remains when training ends; others, such as a critic, help it.
         """
 
 

@@ -10,6 +10,8 @@ from typing import Annotated, Any, get_args
 from pydantic import Discriminator, Tag
 
 from trainer.families.classifier import ClassifierSettings
+from trainer.families.flow import FlowSettings
+from trainer.families.gan import GANSettings
 from trainer.families.mfa import MFASettings
 from trainer.settings import FamilySettings
 
@@ -20,7 +22,10 @@ def _family(value: Any) -> str:
 
 
 ModelSettings = Annotated[
-    Annotated[MFASettings, Tag("mfa")] | Annotated[ClassifierSettings, Tag("classifier")],
+    Annotated[MFASettings, Tag("mfa")]
+    | Annotated[ClassifierSettings, Tag("classifier")]
+    | Annotated[FlowSettings, Tag("flow")]
+    | Annotated[GANSettings, Tag("gan")],
     Discriminator(_family, custom_error_type="unknown_family", custom_error_message="unknown family"),
 ]
 

@@ -34,7 +34,8 @@ class Objective(Protocol):
 
     `networks` holds what a loss may call: before training the players' modules; then the engine puts there, for the
     player whose turn it is, the wrapped module (its `forward` synchronises gradients), and for the others their bare
-    modules with gradients off. A loss calls `self.networks[name](...)` and nothing else.
+    modules with gradients off. A loss calls `self.networks[name](...)`, and `self.players[name].module` only for what
+    needs no gradient or a second derivative.
     """
 
     players: dict[str, Player]

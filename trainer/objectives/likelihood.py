@@ -27,6 +27,33 @@ class MaximumLikelihood:
         return ("model",)
 
     def loss(self, player: str, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        log_prob, log_prior = self.networks[player](batch["x"])
+        return self.of(*self.networks[player](batch["x"]))
+
+    def of(self, log_prob: Tensor, log_prior: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, from what the network returned, and the mean log-likelihood."""
         log_likelihood = log_prob.mean()
         return -log_likelihood - log_prior / self.n_train, {"log_likelihood": log_likelihood.detach()}
+
+
+class PretrainedLikelihood(MaximumLikelihood):
+    """Maximum likelihood of a mixture, whose components first learn one label each.
+
+    In the first `pretrain_steps` steps the loss is that of complete data, -1/B Σ log p(x, c), where the component c is
+    the sample's label modulo the number of components; of a single component the label is not asked for.
+    """
+
+    def __init__(self, player: Player, n_train: int, n_components: int, pretrain_steps: int) -> None:
+        super().__init__(player, n_train)
+        self.n_components, self.pretrain_steps = n_components, pretrain_steps
+        self._pretrains = pretrain_steps > 0
+
+    def turns(self, step: int) -> Sequence[str]:
+        self._pretrains = step < self.pretrain_steps
+        return super().turns(step)
+
+    def loss(self, player: str, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        if not self._pretrains or self.n_components == 1:
+            return super().loss(player, batch)
+        component = batch["label"] % self.n_components
+        log_prob, log_prior = self.networks[player](batch["x"], component=component)
+        return self.of(log_prob, log_prior)

@@ -1,0 +1,170 @@
+"""Generator against critic: GAN, Wasserstein GAN, both with likelihood (FlowGAN), and mixtures of critics (PGAN).
+
+Sources: I. Goodfellow et al., Generative Adversarial Nets, 2014; M. Arjovsky, S. Chintala, L. Bottou, Wasserstein GAN,
+2017; I. Gulrajani et al., Improved Training of Wasserstein GANs, 2017; A. Grover, M. Dhar, S. Ermon, Flow-GAN, 2018;
+W. Gong, Wasserstein Generative Adversarial Network, MPhil thesis, Cambridge, 2017 (equation numbers are of the thesis).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trainer.objectives import Batch, Player
+from trainer.objectives.likelihood import MaximumLikelihood
+
+Loss = Literal["non-saturating", "minimax", "wasserstein"]
+Assignment = Literal["single", "posterior", "hard"]
+
+
+class Adversarial:
+    """A generator G (the player `model`) that moves once, after its critic f (`critic`) moved `critic_steps` times.
+
+    A step's batch is dealt out to the critic's turns, each of which sees new data and new noise; the likelihood is
+    taken of the last turn's share. Loss of the critic, then of the generator, both minimised:
+
+        non-saturating   E[softplus(-f(x))] + E[softplus(f(G(z)))],   E[softplus(-f(G(z)))]      (2.1), §2.2
+        minimax          the same,                                   -E[softplus(f(G(z)))]       (2.1)
+        wasserstein      E[f(G(z))] - E[f(x)],                       -E[f(G(z))]                 (2.16)
+
+    With `gradient_penalty` λ the critic also pays λ E[(|∇f(x̂)| - 1)²] at x̂ = ε x + (1 - ε) G(z), ε uniform in [0, 1]
+    for each pair (2.23). With `likelihood_weight` λ the generator also pays -λ (E[log p(x)] + log p(θ) / N) (2.29,
+    4.10); a mixture's weights learn from that alone, as samples are differentiable in the components only
+    (Algorithm 6). Weight clipping belongs to the critic's optimiser (`make_player`).
+
+    With one critic per component, f(x) = Σ_c p(c | x) f_c(x), where the posterior is the generator's own and constant
+    in every gradient (4.13); its logits may be divided by a `temperature`. "hard" puts it on the likeliest component,
+    and a generated sample on the component that it comes from (4.12, with the prior in the posterior).
+
+    The generator is called as `generator(x or None, n)` and gives (log p(x) [batch] or None, log p(θ) [], samples
+    [n, d], components [n]); assignment asks it for `component_log_prob`.
+
+    Args:
+        generator, critic: the players; the critic's network gives [batch, 1], or [batch, T] with assignment.
+        likelihood: the generator's, with the same player; None for one that has no density.
+        pretrain_steps: first so many steps of `likelihood` alone, of the whole batch.
+        loss, critic_steps, gradient_penalty, likelihood_weight, assignment, temperature: see above.
+    """
+
+    def __init__(
+        self,
+        generator: Player,
+        critic: Player,
+        *,
+        loss: Loss = "wasserstein",
+        critic_steps: int = 5,
+        gradient_penalty: float | None = None,
+        likelihood: MaximumLikelihood | None = None,
+        likelihood_weight: float = 0.0,
+        pretrain_steps: int = 0,
+        assignment: Assignment = "single",
+        temperature: float = 1.0,
+    ) -> None:
+        self.players: dict[str, Player] = {"model": generator, "critic": critic}
+        self.networks: dict[str, Callable[..., Any]] = {"model": generator.module, "critic": critic.module}
+        self.kind, self.critic_steps, self.gradient_penalty = loss, critic_steps, gradient_penalty
+        self.likelihood, self.likelihood_weight, self.pretrain_steps = likelihood, likelihood_weight, pretrain_steps
+        self.assignment, self.temperature = assignment, temperature
+        if likelihood is not None:
+            likelihood.networks = self.networks
+        self._pretrains, self._moves = False, 0
+
+    def turns(self, step: int) -> Sequence[str]:
+        self._pretrains, self._moves = step < self.pretrain_steps, 0
+        if self._pretrains and self.likelihood is not None:
+            return self.likelihood.turns(step)
+        return ("critic",) * self.critic_steps + ("model",)
+
+    def loss(self, player: str, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        if player == "critic":
+            share = mini_batch(batch["x"], self._moves, self.critic_steps)
+            self._moves += 1
+            return self._critic_loss(share)
+        if self._pretrains and self.likelihood is not None:
+            return self.likelihood.loss(player, batch)
+        return self._generator_loss(mini_batch(batch["x"], -1, self.critic_steps))
+
+    def _critic_loss(self, real: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        n = len(real)
+        with torch.no_grad():
+            _, _, fake, components = self.networks["model"](None, n)
+            posterior = self._posterior(torch.cat([real, fake]))
+        if posterior is not None and self.assignment == "hard":
+            posterior[n:] = F.one_hot(components, posterior.shape[1])
+        of_real, of_fake = _mixed(self.networks["critic"](torch.cat([real, fake])), posterior).split(n)
+        gap = of_real.mean() - of_fake.mean()
+        loss = -gap if self.kind == "wasserstein" else F.softplus(-of_real).mean() + F.softplus(of_fake).mean()
+        scalars = {"gap": gap.detach()}
+        if self.gradient_penalty is not None:
+            between = torch.lerp(fake, real, self._interpolation(n).to(real))
+            # The bare network: DeepSpeed's wrapper cannot be differentiated twice.
+            network = self.players["critic"].module
+            penalty = gradient_penalty(network, between, self._posterior(between))
+            loss = loss + self.gradient_penalty * penalty
+            scalars["penalty"] = penalty.detach()
+        return loss, scalars
+
+    def _generator_loss(self, real: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        n = len(real)
+        likelihood = self.likelihood if self.likelihood_weight else None
+        log_prob, log_prior, fake, components = self.networks["model"](None if likelihood is None else real, n)
+        posterior = self._posterior(fake.detach())
+        if posterior is not None and self.assignment == "hard":
+            posterior = F.one_hot(components, posterior.shape[1]).to(posterior)
+        value = _mixed(self.networks["critic"](fake), posterior)
+        if self.kind == "wasserstein":
+            loss = -value.mean()
+        else:
+            loss = F.softplus(-value).mean() if self.kind == "non-saturating" else -F.softplus(value).mean()
+        if likelihood is not None:
+            by_likelihood, scalars = likelihood.of(log_prob, log_prior)
+            return loss + self.likelihood_weight * by_likelihood, {"adversarial": loss.detach(), **scalars}
+        # What only the likelihood would train (a mixture's weights) gets a gradient of zero: DDP waits for each.
+        return loss + 0 * sum(p.sum() for p in self.players["model"].module.parameters()), {}
+
+    @torch.no_grad()
+    def _posterior(self, x: Tensor) -> Tensor | None:
+        """The critics' weights at x, [batch, T], by the generator's posterior; None where there is one critic."""
+        if self.assignment == "single":
+            return None
+        density: Any = self.players["model"].module
+        joint = density.component_log_prob(x)
+        if self.assignment == "hard":
+            return F.one_hot(joint.argmax(1), joint.shape[1]).to(joint)
+        # Where x has no density at all, every component weighs the same.
+        return (joint / self.temperature).clamp_min(torch.finfo(joint.dtype).min).softmax(1)
+
+    def _interpolation(self, n: int) -> Tensor:
+        return torch.rand(n, 1)
+
+
+def gradient_penalty(critic: nn.Module, x: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean over the samples x [batch, d] of (|∇f(x)|₂ - 1)², differentiable in the critic's parameters (2.23).
+
+    f(x) is the critic's value [batch, 1], or Σ_c w_c f_c(x) with `weights` [batch, T], which are constant.
+    """
+    x = x.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(_mixed(critic(x), weights).sum(), x, create_graph=True)
+    return (torch.linalg.vector_norm(gradient, dim=1) - 1).square().mean()
+
+
+def mini_batch(x: Tensor, number: int, count: int) -> Tensor:
+    """Share `number` (modulo `count`) of `count` equal ones of x [batch, ...], as [batch / count, d].
+
+    Shares are strided: those of N workers together are those of one, where each lane's rows divide.
+
+    Raises:
+        ValueError: the batch does not divide.
+    """
+    if len(x) % count:
+        raise ValueError(f"a batch of {len(x)} samples cannot be shared by {count} turns of the critic")
+    return x[number % count :: count].flatten(1)
+
+
+def _mixed(values: Tensor, weights: Tensor | None) -> Tensor:
+    """Σ_c w_c f_c, [batch], for values [batch, T]; of one critic its value."""
+    return values.squeeze(1) if weights is None else (values * weights).sum(1)
