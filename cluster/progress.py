@@ -69,6 +69,7 @@ class _Board:
 
     def __init__(self) -> None:
         self.latest: dict[str, Any] = {}
+        self.counts: dict[str, float] = {}
         self.fault: str | None = None
 
     def fail(self, fault: str) -> None:
@@ -79,6 +80,11 @@ class _Board:
 
     def post(self, values: dict[str, Any]) -> None:
         self.latest = values
+
+    def count(self, name: str, done: float, text: str) -> None:
+        """One of several jobs has done so much; what all have done is shown."""
+        self.counts[name] = done
+        self.latest = {"done": sum(self.counts.values()), "text": text}
 
     def read(self) -> dict[str, Any]:
         return self.latest
