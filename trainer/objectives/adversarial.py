@@ -127,10 +127,9 @@ class Adversarial:
         n = len(real)
         likelihood = self.likelihood if self.likelihood_weight else None
         log_prob, log_prior, fake, components = self.networks["model"](None if likelihood is None else real, n)
-        posterior = self._posterior(fake.detach())
-        if posterior is not None and self.assignment == "hard":
-            posterior = F.one_hot(components, posterior.shape[1]).to(posterior)
-        value = _mixed(self.networks["critic"](fake), posterior)
+        values = self.networks["critic"](fake)
+        own = F.one_hot(components, values.shape[1]) if self.assignment == "hard" else self._posterior(fake)
+        value = _mixed(values, own)
         if self.kind == "wasserstein":
             loss = -value.mean()
         else:
