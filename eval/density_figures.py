@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -29,6 +31,24 @@ class Panel:
 
     title: str
     drawn: Mapping[str, np.ndarray]
+
+
+@torch.no_grad()
+def in_the_plane(
+    model: Any, truth: np.ndarray, *, samples: int = 2000, side: int = 120, seed: int = 0
+) -> dict[str, Any]:
+    """What a panel shows of a model of samples [2]: on a grid around the data `truth` [n, 2]."""
+    low, high = truth.min(0), truth.max(0)
+    margin = 0.15 * (high - low)
+    axes = [np.linspace(a, b, side, dtype=np.float32) for a, b in zip(low - margin, high + margin)]
+    x = model.sample(samples, torch.Generator().manual_seed(seed))
+    found = {"truth": truth, "extent": np.array([[axis[0], axis[-1]] for axis in axes]), "x": x.numpy()}
+    if hasattr(model, "log_prob"):
+        grid = torch.from_numpy(np.stack(np.meshgrid(*axes), axis=-1).reshape(-1, 2))
+        found["density"] = model.log_prob(grid).numpy().reshape(side, side)
+    if hasattr(model, "responsibilities"):
+        found["component"] = model.responsibilities(x).argmax(1).numpy()
+    return found
 
 
 def density_panels(panels: Sequence[Panel]) -> bytes:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cluster.reproductions.study import Column, Member, Outcomes, Reproduction, Trained
-from cluster.reproductions.thesis_toys import critic_values, plane
+from cluster.reproductions.thesis_toys import critic_values
 from data import toys
 from eval import density_figures as figures
 from eval.report import ReportFigure
@@ -101,16 +101,18 @@ class Critics(Reproduction):
         weights = _weights(trained.critic)
         largest = float(np.abs(weights).max())
         return {
-            "gap": float(np.mean(critic_values(trained, data)) - np.mean(critic_values(trained, noisy))),
+            "gap": float((trained.critic(data).mean() - trained.critic(noisy).mean()).detach()),
             "slope": float(slope.norm(dim=1).mean()),
             "at_limit": float((np.abs(weights) >= (1 - _AT_LIMIT) * largest).mean()),
             "weight": largest,
         }
 
     def draw(self, trained: Trained) -> dict[str, np.ndarray]:
-        found, grid, shape = plane(toys.toy(trained.manifest.source.spec))
-        values = critic_values(trained, torch.from_numpy(grid)).reshape(shape)
-        return {**found, "critic": values, "weights": _weights(trained.critic)}
+        truth, _ = toys.toy(trained.manifest.source.spec).draw(2000, np.random.default_rng(0))
+        margin = 0.15 * np.ptp(truth, axis=0)
+        extent = np.stack([truth.min(0) - margin, truth.max(0) + margin], axis=1)
+        critic = {"critic": critic_values(trained, extent), "weights": _weights(trained.critic)}
+        return {"truth": truth, "extent": extent, **critic}
 
     def figures(self, outcomes: Outcomes) -> list[ReportFigure]:
         panels = [figures.Panel(label, found[0].drawn) for label, found in outcomes.items() if found]

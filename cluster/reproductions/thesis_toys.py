@@ -14,7 +14,7 @@ from eval.metrics.transport import sliced_wasserstein
 from eval.report import ReportFigure
 
 _FRESH = 20_000
-_DRAWN, _GRID = 2000, 120
+_DRAWN = 2000
 # Apart from the seeds of packs and trainings.
 _FRESH_SEED = 2**40
 # Standard deviations from a mean within which a sample belongs to its mode; the share of its due that covers a mode.
@@ -47,15 +47,10 @@ class _Toy(Reproduction):
 
     @torch.no_grad()
     def draw(self, trained: Trained) -> dict[str, np.ndarray]:
-        model = trained.model
-        found, grid, shape = plane(_toy(trained))
-        x = model.sample(_DRAWN, torch.Generator().manual_seed(trained.seed))
-        found["x"] = x.numpy()
-        if hasattr(model, "log_prob"):
-            found["density"] = model.log_prob(torch.from_numpy(grid)).numpy().reshape(shape)
-            found["component"] = model.responsibilities(x).argmax(1).numpy()
+        truth, _ = _toy(trained).draw(_DRAWN, np.random.default_rng(_FRESH_SEED + 2))
+        found = figures.in_the_plane(trained.model, truth, samples=_DRAWN, seed=trained.seed)
         if trained.critic is not None:
-            found["critic"] = critic_values(trained, torch.from_numpy(grid)).reshape(shape)
+            found["critic"] = critic_values(trained, found["extent"])
         return found
 
     def figures(self, outcomes: Outcomes) -> list[ReportFigure]:
@@ -87,17 +82,6 @@ class _Toy(Reproduction):
         return shown
 
 
-def plane(toy: Any) -> tuple[dict[str, np.ndarray], np.ndarray, tuple[int, int]]:
-    """Samples `truth` of a toy and the `extent` around them; a grid [n, 2] over that, and its shape."""
-    truth, _ = toy.draw(_DRAWN, np.random.default_rng(_FRESH_SEED + 2))
-    low, high = truth.min(0), truth.max(0)
-    margin = 0.15 * (high - low)
-    axes = [np.linspace(a, b, _GRID, dtype=np.float32) for a, b in zip(low - margin, high + margin)]
-    grid = np.stack(np.meshgrid(*axes), axis=-1).reshape(-1, 2)
-    extent = np.array([[axis[0], axis[-1]] for axis in axes])
-    return {"truth": truth, "extent": extent}, grid, (_GRID, _GRID)
-
-
 def _toy(trained: Trained) -> Any:
     return toys.toy(trained.manifest.source.spec)
 
@@ -111,12 +95,14 @@ def _weights(model: Any) -> dict[str, float]:
 
 
 @torch.no_grad()
-def critic_values(trained: Trained, x: torch.Tensor) -> np.ndarray:
-    """f(x) of a critic, [n]: of a mixture of critics smoothed by the model's posterior (thesis eq. 4.13)."""
-    values = trained.critic(x)
+def critic_values(trained: Trained, extent: np.ndarray, side: int = 120) -> np.ndarray:
+    """f(x) of a critic on a grid over the extent, [side, side]; smoothed by the posterior (thesis eq. 4.13)."""
+    axes = [np.linspace(low, high, side, dtype=np.float32) for low, high in extent]
+    grid = torch.from_numpy(np.stack(np.meshgrid(*axes), axis=-1).reshape(-1, 2))
+    values = trained.critic(grid)
     if values.shape[1] > 1:
-        values = values * trained.model.responsibilities(x)
-    return values.sum(1).numpy()
+        values = values * trained.model.responsibilities(grid)
+    return values.sum(1).numpy().reshape(side, side)
 
 
 _BOTH_GOALS = (
