@@ -22,7 +22,7 @@ from data.errors import StorageError, UserError, io_error, one_line
 # Schemes that only move bytes. `pipe:` would run a shell command; chained URLs (`a::b`) could smuggle one in.
 ALLOWED_SCHEMES = ("file", "s3", "gs", "gcs", "abfs", "az", "hdfs", "http", "https", "memory")
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.\-]*):")
-# Packages whose exceptions reach us through fsspec without being OSErrors: no credentials, a connection that was closed.
+# Packages whose exceptions reach us through fsspec without being OSErrors: no credentials, a broken connection.
 _STORES = ("botocore", "aiobotocore", "aiohttp", "google", "gcsfs", "azure")
 
 
