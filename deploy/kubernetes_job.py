@@ -163,13 +163,13 @@ def _ray_cluster(text: str) -> dict[str, Any]:
     if len(found) != 1:
         raise UserError(f"the cluster's manifests hold {len(found)} RayClusters: give those of one overlay")
     try:
-        text, size = [], 0
+        parts, size = [], 0
         for part in json.JSONEncoder(default=str).iterencode(found[0]):  # a date that stands without quotes
-            text.append(part)
+            parts.append(part)
             size += len(part)
             if size > _LARGEST_MANIFEST:
                 raise UserError("the cluster's manifest is too large, or its aliases are: give one overlay's")
-        manifest = json.loads("".join(text))
+        manifest = json.loads("".join(parts))
         _check_shape(manifest)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
         told = repr(error) if isinstance(error, LookupError) else one_line(error)
