@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.densities import DensityOption
+from cluster.questions import check_places
 from cluster.scoring import Runner
 from data import kmeans, storage
 from data.errors import UserError
@@ -54,6 +56,20 @@ class _Look:
     density: DensityOption | None
 
 
+def check_exports(per_sample: str | None, export: str | None) -> None:
+    """Refuses folders for the results of every sample, and for missing samples, that are taken.
+
+    Raises:
+        UserError: one holds such files already, or is none.
+    """
+    places = [storage.check_url(folder) for folder in (per_sample, export) if folder is not None]
+    check_places(*(Path(place) / "a file" for place in places if storage.is_local(place)))
+    if per_sample is not None and any(name.endswith(".parquet") for name in storage.names(places[0])):
+        raise UserError(f"{per_sample}: Parquet files are there already: choose another folder, or remove them")
+    if export is not None and storage.names(storage.join(places[-1], "shards")):
+        raise UserError(f"{places[-1]}/shards: files are there already: choose another folder, or remove them")
+
+
 def write_per_sample(
     runner: Runner,
     partitions: Partitions,
@@ -73,9 +89,8 @@ def write_per_sample(
     Raises:
         UserError: Parquet files are there already, or the folder cannot be written.
     """
+    check_exports(folder, None)
     place = storage.check_url(folder)
-    if any(name.endswith(".parquet") for name in storage.names(place)):
-        raise UserError(f"{folder}: Parquet files are there already: choose another folder")
     with runner.stages.stage("per-sample results", unit="samples") as advance:
         done = 0
         look = _Look(bins.without_pictures(), neighbours, density)
@@ -130,9 +145,8 @@ def export_missing(runner: Runner, reference: Reference, missing: Sequence[int],
         raise UserError("no bin is missing: there is nothing to export")
     if partitions is None:
         raise UserError("the reference's samples are not at hand: name the data itself by --reference")
+    check_exports(None, folder)
     place = storage.join(storage.check_url(folder), "shards")
-    if storage.names(place):
-        raise UserError(f"{place}: files are there already: choose another folder")
     keys: list[str] = []
     numbers: list[int] = []
 
