@@ -138,6 +138,13 @@ def test_density_of_pixels_integrates_to_one_over_its_support():
     assert torch.allclose(model.responsibilities(outside)[0], model.mixing_coefficients)
 
 
+def test_the_logit_is_exact_in_float32_at_both_ends():
+    """Pixels of 8 bits at 0 and at 1 - 2^-24, α = 1e-6: a nat per pixel would be lost to 1 - p."""
+    x = torch.tensor([[0.0, 2**-24, 0.5, 1 - 2**-20, 1 - 2**-24]])
+    values = [Flow([5], logit=1e-6).to(dtype).log_prob(x.to(dtype)).item() for dtype in (torch.float32, torch.float64)]
+    assert values[0] == pytest.approx(values[1], abs=1e-3)
+
+
 @pytest.mark.parametrize("coupling", ["additive", "affine"])
 def test_likelihood_equals_zuko_s_with_copied_weights(coupling):
     """NICE and Real NVP of three couplings, their networks' weights put into zuko's transforms."""

@@ -169,10 +169,11 @@ class Flow(nn.Module):
         """What enters the affine layers, [batch, d], and log |det dy/dx| [batch]: -inf outside of the support."""
         if self.logit is None:
             return x, x.new_zeros(len(x))
-        p = self.logit + (1 - 2 * self.logit) * x
-        outside = ((p <= 0) | (p >= 1)).any(1)
-        p = p.clamp(torch.finfo(x.dtype).tiny, 1 - torch.finfo(x.dtype).eps / 2)
-        log_p, log_q = p.log(), torch.log1p(-p)
+        # Both tails of their own: 1 - p would have lost the digits of what is near 1.
+        p, q = (self.logit + (1 - 2 * self.logit) * part for part in (x, 1 - x))
+        outside = ((p <= 0) | (q <= 0)).any(1)
+        tiny = torch.finfo(x.dtype).tiny
+        log_p, log_q = p.clamp_min(tiny).log(), q.clamp_min(tiny).log()
         log_det = self.n_features * math.log(1 - 2 * self.logit) - (log_p + log_q).sum(1)
         return log_p - log_q, log_det.masked_fill(outside, -math.inf)
 
