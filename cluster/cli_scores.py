@@ -215,8 +215,11 @@ def reference(
     from cluster.progress import Stages
     from cluster.scoring import reference_of, running
     from data import storage
+    from eval.reference import REFERENCE
 
     place = storage.check_url(out)
+    if storage.exists(storage.join(place, REFERENCE)):
+        raise UserError(f"{out}: a reference is there already: give another folder, or remove it")
     known = _taking(given, given["reference_split"], 1)
     with running(_looking(given), Stages()) as runner:
         fitted, _ = reference_of(runner, reference, known, _options(given))
