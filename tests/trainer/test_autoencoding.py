@@ -67,7 +67,10 @@ def test_gradient_equals_autograd_through_explicit_sorting(m):
 
 def test_any_convex_cost_of_a_difference():
     x, y, directions = sets()
-    huber = lambda t: F.huber_loss(t, torch.zeros_like(t), reduction="none")  # noqa: E731
+
+    def huber(t):
+        return F.huber_loss(t, torch.zeros_like(t), reduction="none")
+
     a, b = ((v @ directions.T).sort(0).values for v in (x, y))
     assert sliced_wasserstein(x, y, directions, huber).item() == pytest.approx(huber(a - b).mean().item(), abs=1e-12)
 
@@ -84,9 +87,15 @@ def test_a_shift_costs_its_projections():
 
 def test_mmd_against_the_sums_of_its_definition():
     x, y, _ = sets(n=9, m=12, d=3)
-    k = lambda u, v: sum(s * 1.7 / (s * 1.7 + float((u - v).square().sum())) for s in autoencoding._IMQ_SCALES)  # noqa: E731
-    within = lambda z: np.mean([k(a, b) for i, a in enumerate(z) for j, b in enumerate(z) if i != j])  # noqa: E731
-    expected = within(x) + within(y) - 2 * np.mean([k(a, b) for a in x for b in y])
+
+    def k(u, v):
+        return sum(s * 1.7 / (s * 1.7 + ((u - v) ** 2).sum()) for s in autoencoding._IMQ_SCALES)
+
+    def within(z):
+        return np.mean([k(a, b) for i, a in enumerate(z) for j, b in enumerate(z) if i != j])
+
+    u, v = x.detach().numpy(), y.numpy()
+    expected = within(u) + within(v) - 2 * np.mean([k(a, b) for a in u for b in v])
     assert imq_mmd(x, y, 1.7).item() == pytest.approx(expected, abs=1e-10)
     assert torch.autograd.gradcheck(lambda z: imq_mmd(z, y, 1.7), x)
 
@@ -224,6 +233,6 @@ def test_training_on_two_workers_equals_training_on_one(by_rank, digits_pack, na
     alone = trained(digits_pack.base, name, 0, 1)
     for rank in (0, 1):
         for key, value in alone.items():
-            if value.ndim:
+            if value.ndim and value.numel():
                 other = by_rank[rank][f"{name}/{key}"]
-                assert (other - value).abs().max() <= 1e-4 * value.abs().max().clamp_min(1), key
+                assert (other - value).abs().max() <= 2e-5 * value.abs().max().clamp_min(1), key

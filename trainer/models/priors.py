@@ -53,9 +53,10 @@ class Prior(nn.Module):
         self.points: Tensor
         self.spreads: Tensor
         self.weights: Tensor
-        self.register_buffer("points", torch.zeros(size, n_latent))
-        self.register_buffer("spreads", torch.ones(size if kind == "mixture" else 0))
-        self.register_buffer("weights", torch.full((size if kind == "mixture" else 0,), 1 / max(1, size)))
+        gaussians = size if kind == "mixture" else 0
+        self.register_buffer("points", torch.zeros(size, n_latent), persistent=size > 0)
+        self.register_buffer("spreads", torch.ones(gaussians), persistent=gaussians > 0)
+        self.register_buffer("weights", torch.full((gaussians,), 1 / max(1, gaussians)), persistent=gaussians > 0)
 
     @property
     def config(self) -> dict[str, Any]:
