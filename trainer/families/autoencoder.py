@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from data import storage
 from data.errors import UserError
@@ -33,6 +33,11 @@ class FeatureLossSettings(Settings):
     sha256: str | None = Field(None, description="of its weights.safetensors: training is refused with any other")
     weight: float = Field(1.0, gt=0, description="of the loss, Σ over hidden layers of ½ mean squared difference")
 
+    @field_validator("model")
+    @classmethod
+    def _for_all_workers(cls, place: str) -> str:
+        return storage.check_url(place)
+
     def classifier(self) -> Classifier:
         """The classifier.
 
@@ -42,7 +47,7 @@ class FeatureLossSettings(Settings):
         from trainer.checkpoint import load_model
         from trainer.models.classifier import Classifier
 
-        base = storage.check_url(self.model)
+        base = self.model
         inner = storage.join(base, "model")
         folder = inner if storage.exists(storage.join(inner, "model.json")) else base
         model, document = load_model(folder)

@@ -8,7 +8,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from data import storage
 from data.errors import UserError, one_line
@@ -40,6 +40,11 @@ class PriorSettings(Settings):
     @classmethod
     def _by_kind_alone(cls, value: Any) -> Any:
         return {"kind": value} if isinstance(value, str) else value
+
+    @field_validator("kind")
+    @classmethod
+    def _for_all_workers(cls, kind: str) -> str:
+        return storage.check_url(kind) if kind.endswith(".npy") else kind
 
     @model_validator(mode="after")
     def _is_known(self) -> PriorSettings:
@@ -117,7 +122,7 @@ class PriorSettings(Settings):
 
 
 def _read(place: str) -> np.ndarray:
-    content = storage.read_bytes(storage.check_url(place))
+    content = storage.read_bytes(place)
     try:
         found = np.load(io.BytesIO(content), allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
