@@ -114,7 +114,7 @@ class ServedModel(mlflow.pyfunc.PythonModel):
         """Takes a network with its weights; `data` says what it was trained on."""
         self.net, self.data, self.shape = network.eval(), dict(data), tuple(data["shape"])
         self.tasks = tasks_of(network)
-        if hasattr(network, "precision"):  # of a mixture; its parameters do not change any more
+        if callable(getattr(network, "precision", None)):  # of a mixture; its parameters do not change any more
             network.precision = functools.cache(network.precision)
 
     def predict(self, context: Any, model_input: np.ndarray, params: dict[str, Any] | None = None) -> np.ndarray:
