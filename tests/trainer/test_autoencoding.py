@@ -179,12 +179,15 @@ KINDS = {
     "gan": {"regulariser": {"kind": "gan", "critic": {"n_hidden": 8, "n_layers": 1}}},
 }
 BATCH, STEPS = 64, 6
+ZERO = ("swae", "gan")
 
 
-def trained(shards, name, rank, world):
+def trained(shards, name, rank, world, **how):
     """The final state of a short training."""
     loop._mix = lambda seed, step, rank: 1000 * seed + step
-    settings = TrainingSettings(steps=STEPS, batch_size=BATCH, dequantise=False, optimiser={"learning_rate": 1e-3})
+    settings = TrainingSettings(
+        steps=STEPS, batch_size=BATCH, dequantise=False, optimiser={"learning_rate": 1e-3}, **how
+    )
     manifest = load_manifest(shards)
     family = AutoencoderSettings.model_validate({"width": 4, "n_hidden": 12, **KINDS[name]})
     stream = ShardStream(manifest, "train", batch_size=BATCH, seed=0, rank=rank, world_size=world, lanes=2)
@@ -206,6 +209,9 @@ def on_rank(rank, shards):
     assert alone.world == 1
     assert dist.get_world_size() == 2
     states = {f"{name}/{key}": v for name in KINDS for key, v in trained(shards, name, rank, 2).items()}
+    for name in ZERO:
+        zero = trained(shards, name, rank, 2, engine="deepspeed", zero_stage=2)
+        states |= {f"{name}/zero-2/{key}": value for key, value in zero.items()}
     return {"loss": loss.detach(), "gradient": share.grad, **states}
 
 
@@ -236,3 +242,15 @@ def test_training_on_two_workers_equals_training_on_one(by_rank, digits_pack, na
             if value.ndim and value.numel():
                 other = by_rank[rank][f"{name}/{key}"]
                 assert (other - value).abs().max() <= 2e-5 * value.abs().max().clamp_min(1), key
+
+
+@pytest.mark.parametrize("name", ZERO)
+def test_deepspeed_equals_ddp(by_rank, name):
+    found = by_rank[0]
+    start = f"{name}/zero-2/"
+    weights = {key.removeprefix(start): v for key, v in found.items() if key.startswith(start) and ".module." in key}
+    assert len(weights) > 10
+    for key, value in weights.items():
+        if value.numel():
+            other = found[f"{name}/{key}"]
+            assert (other - value).abs().max() <= 2e-5 * other.abs().max().clamp_min(1), key

@@ -108,6 +108,7 @@ class AutoencoderSettings(FamilySettings):
 
     noun: ClassVar[str] = "autoencoder"
     loss: ClassVar[str] = "autoencoder's loss"
+    loss_unit: ClassVar[str] = ""
     sections: ClassVar[tuple[str, ...]] = ("evaluation",)
 
     family: Literal["autoencoder"] = Field("autoencoder", description="model family; one file in trainer/models each")
@@ -174,10 +175,11 @@ class AutoencoderSettings(FamilySettings):
     def build(self, manifest: Manifest) -> nn.Module:
         from trainer.models.autoencoder import Autoencoder
 
+        points = self.prior.points(self.n_latent)
         model = Autoencoder(
             manifest.shape,
             self.n_latent,
-            self.prior.config(self.n_latent),
+            self.prior.config(points),
             self.n_hidden,
             self.n_layers,
             self.width,
@@ -186,7 +188,7 @@ class AutoencoderSettings(FamilySettings):
             precision=self.precision,
             channels_last=self.channels_last,
         )
-        self.prior.fill(model.prior)
+        self.prior.fill(model.prior, points)
         return model
 
     def initialise(

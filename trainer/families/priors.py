@@ -102,18 +102,16 @@ class PriorSettings(Settings):
             raise UserError(f"prior {self.kind}: {rows} of {len(found)} samples hold NaN or infinite values: repair it")
         return found
 
-    def config(self, n_latent: int) -> dict[str, Any]:
-        """The arguments of the model's `Prior`; `fill` sets what else it is."""
-        points = self.points(n_latent)
+    def config(self, points: np.ndarray | None) -> dict[str, Any]:
+        """The arguments of the model's `Prior`, where `points` are those of `self.points`; `fill` gives it the rest."""
         if points is not None:
             return {"kind": "samples", "size": len(points)}
         return {"kind": self.kind, "size": len(self.means or ())}
 
-    def fill(self, prior: Prior) -> None:
+    def fill(self, prior: Prior, points: np.ndarray | None) -> None:
         """Gives the model's prior its numbers."""
         import torch
 
-        points = self.points(prior.n_latent)
         if points is not None:
             prior.set_samples(torch.from_numpy(points))
         if self.means:
