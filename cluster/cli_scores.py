@@ -8,6 +8,7 @@ import json
 import posixpath
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from cluster.densities import DensityOption
     from cluster.scoring import Runner
     from eval.comparison import Comparison
+    from eval.evaluate import Rule
 
 PLACES = "shards, a folder of images, a .npy/.npz file, models:/NAME@ALIAS or a run"
 # Options that several commands share, by the name of their parameter; `_shared` gives them to a command.
@@ -152,15 +154,25 @@ def evaluate(
     if result.ndb:
         out_console.print(table)
     _print_scores(comparison)
+    floor = result.js_floor
     print_fields(
         NDB=f"{result.ndb} of {result.bins} bins differ ({result.threshold}; {result.expected_by_chance:.1f} expected "
         f"by chance), NDB/K {result.ndb_over_k:.3f}",
-        JS=f"{result.js:.5f} nats",
+        Holm=_verdict(result),
+        JS=f"{result.js:.5f} nats, {'above' if result.js > floor.quantile else 'within'} chance: two sets of one "
+        f"distribution have {floor.mean:.5f}, in 95 of 100 cases at most {floor.quantile:.5f}",
         samples=f"{result.n_samples:,} of {samples}",
         reference=f"{result.n_reference:,} of {reference}",
         scale=row.evaluation.protocol["scale"],
         **({"report": given["report"]} if given["report"] else {}),
     )
+
+
+def _verdict(result: Any) -> str:
+    """What is left of the differing bins after Holm's correction, in words."""
+    if not result.ndb_holm:
+        return "0 bins differ after correction for all of them: no mode is shown to be missing or repeated"
+    return f"{result.ndb_holm} bins differ after correction for all of them: modes that are missed or repeated"
 
 
 @_shared(*_JUDGE)
@@ -174,6 +186,8 @@ def compare(
     if all(name.endswith(".json") for name in samples):
         from cluster.scoring import saved_table
 
+        if given["report"]:
+            raise UserError("--report needs the samples, which saved results do not hold: name the sets themselves")
         print_table(saved_table(samples))
         return
     if reference is None:
@@ -201,8 +215,11 @@ def reference(
     from cluster.progress import Stages
     from cluster.scoring import reference_of, running
     from data import storage
+    from eval.reference import REFERENCE
 
     place = storage.check_url(out)
+    if storage.exists(storage.join(place, REFERENCE)):
+        raise UserError(f"{out}: a reference is there already: give another folder, or remove it")
     known = _taking(given, given["reference_split"], 1)
     with running(_looking(given), Stages()) as runner:
         fitted, _ = reference_of(runner, reference, known, _options(given))
@@ -390,10 +407,8 @@ def _compare(samples: list[str], given: dict[str, Any]) -> Comparison:
     from eval.evaluate import Rule
     from eval.stored import check_lasting
 
-    if given["z_threshold"] is not None and given["significance"] is not None:
-        raise UserError("give --z-threshold or --significance, not both")
-    _check_report(given["report"])
     rule = Rule(given["z_threshold"], given["significance"])
+    _check_asked(rule, given)
     options = _options(given)
     stages = Stages(quiet=given["as_json"])
     known = _taking(given, given["reference_split"], 1)
@@ -458,6 +473,9 @@ def _export(
     if export:
         result = row.evaluation.result
         missing = [int(k) for k in result.by_evidence() if result.flagged[k] and result.direction(int(k)) == "missing"]
+        if not missing:
+            print("manymodes: no bin is missing: nothing is exported", file=sys.stderr)
+            return
         n, place = export_missing(runner, known, missing, export)
         if not runner.stages.quiet:
             print_fields(exported=f"{n:,} samples of {len(missing)} missing bins in {place}")
@@ -471,10 +489,35 @@ def _print_scores(comparison: Comparison) -> None:
         print_table(table)
 
 
-def _check_report(path: str | None) -> None:
-    """Raises UserError, before any work, where the report's JSON file would take the place of the report itself."""
-    if path and posixpath.splitext(path)[1].lower() == ".json":
-        raise UserError(f"--report {path}: a JSON file is written beside the report: name an HTML file")
+def _check_asked(rule: Rule, given: dict[str, Any]) -> None:
+    """Refuses before any work what would be refused after it: scores that are there must not be lost then.
+
+    Raises:
+        UserError: a rule that flags no bin, or a place that cannot be written or is taken.
+    """
+    from cluster.exports import check_exports
+    from cluster.questions import check_places
+    from cluster.scoring import is_reference
+    from data import storage
+    from eval.metrics import ndb
+
+    try:
+        ndb.check_rule(rule.z_threshold, rule.significance)
+    except ValueError as error:
+        raise UserError(f"--z-threshold, --significance: {error}") from error
+    report, export = given["report"], given.get("export_missing")
+    for name in ("report", "store", "per_sample", "export_missing"):
+        if given.get(name) is not None:
+            storage.check_url(given[name])
+    if report and posixpath.splitext(report)[1].lower() == ".json":
+        raise UserError(f"--report {report}: a JSON file is written beside the report: name an HTML file")
+    if report and storage.is_local(storage.check_url(report)):
+        check_places(Path(storage.check_url(report)))
+    if export and is_reference(given["reference"]):
+        raise UserError(
+            f"--export-missing: {given['reference']} does not hold its samples: name the data itself by --reference"
+        )
+    check_exports(given.get("per_sample"), export)
 
 
 def _write_report(path: str, comparison: Comparison, seconds: dict[str, float]) -> None:

@@ -97,7 +97,7 @@ def result_of(reference: Any, retries: int = MAX_RETRIES) -> Any:
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, UserError):
             raise UserError(str(error.cause)) from error
-        raise
+        raise error.cause from error  # Ray's own text begins with the place, and not with what happened
     except ray.exceptions.WorkerCrashedError as error:
         raise UserError(
             f"a task was killed more than {retries} times ({one_line(error)}): give it more memory, or run the same "

@@ -21,6 +21,7 @@ from eval import mixture_figures
 from eval.baselines import fit_gaussian_mixture
 from eval.comparison import Comparison, JudgedData, compare
 from eval.comparison_report import headline_table, report_sections
+from eval.density_figures import Panel, density_panels, in_the_plane
 from eval.drawn import Generator
 from eval.evaluate import Rule
 from eval.report import ReportFigure, ReportSection
@@ -57,7 +58,7 @@ def judge(recipe: Recipe, trained: Trained, advance: Any) -> Verdict:
         if found is not None and isinstance(coder, LocalAutoencoder):
             of_codes = codes.sections(coder, found, trained.manifest.class_names)
         of_samples = report_sections(comparison, row, (held_out.name, held_out.samples))
-        return of_samples + of_codes + _component_sections(trained)
+        return of_samples + of_codes + _model_sections(trained)
 
     return Verdict(
         metrics={**_metrics(comparison, name), **(found.metrics if found else {})},
@@ -130,15 +131,22 @@ def _metrics(comparison: Comparison, name: str) -> dict[str, float]:
     return metrics
 
 
-def _component_sections(trained: Trained) -> list[ReportSection]:
+def _model_sections(trained: Trained) -> list[ReportSection]:
+    """Pictures of the model itself: its components, or, in the plane, its density."""
     model, _ = load_model(trained.model)
-    picture = mixture_figures.components_of(model, tuple(trained.manifest.shape))
-    if picture is None:
+    shape = tuple(trained.manifest.shape)
+    if shape == (2,):
+        truth = PackPartitions(trained.manifest, TEST_SPLIT).first(2000)
+        picture = density_panels([Panel(trained.manifest.name, in_the_plane(model, truth))])
+        caption = "2,000 samples (by component) over the contours of the log-density and held-out data (grey)."
+        return [ReportSection("In the plane", "", [ReportFigure("Samples", picture, caption, "Samples in the plane")])]
+    components = mixture_figures.components_of(model, shape)
+    if components is None:
         return []
     return [
         ReportSection(
             "Components",
             "The components with the largest mixing coefficients: mean, noise, and the directions of the factors.",
-            [ReportFigure("Components", picture, "Mean μ, noise, and μ ± A for each factor.", "Component pictures")],
+            [ReportFigure("Components", components, "Mean μ, noise, and μ ± A for each factor.", "Component pictures")],
         )
     ]

@@ -217,7 +217,7 @@ def _split(recipe: Recipe, manifest: Manifest, work: str, job: Job, uri: str, st
             storage.write_text(routing, json.dumps(sorted(folders)))
         record = SubMixtureRuns(uri, str(job.run_id))
         with stages.stage("train sub-mixtures", unit="samples") as advance:
-            train_sub_mixtures(recipe, folders, root, advance, record.add)
+            train_sub_mixtures(recipe, folders, root, advance, record.add_component)
         record.close()
         save_trained(target, flatten(root, folders, recipe.splitting.noise_prior_count), recipe, manifest)
     polish = recipe.splitting.polish

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from cluster.recipe import shipped_recipes
 from data.errors import UserError, one_line
 
 # Left out of what is sent: environments, caches, results, data.
@@ -71,7 +72,7 @@ def package(folder: Path, recipe: str) -> Iterator[tuple[Path, str]]:
                 "sent: give the project's own folder by --working-dir"
             )
         name = recipe
-        if Path(recipe).is_file():
+        if recipe not in shipped_recipes() and Path(recipe).is_file():
             shutil.copyfile(recipe, target / _RECIPE)
             name = _RECIPE
         yield target, name
@@ -99,9 +100,16 @@ class Jobs:
     """
 
     def __init__(self, address: str) -> None:
-        parts = urlsplit(address)
+        try:
+            parts = urlsplit(address)
+        except ValueError:
+            parts = urlsplit("")
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise UserError(f"address {address!r} is not understood: give http://HEAD:8265")
+        if parts.username is not None:  # it would stand in messages and in the shell's history
+            raise UserError(
+                "the address holds a name or password: give http://HEAD:8265, and a token by RAY_AUTH_TOKEN"
+            )
         self.address = address
         # Read by Ray when it is imported: a token is sent only in this mode.
         if _has_token():

@@ -31,6 +31,9 @@ from trainer.settings import (
 _LARGEST_RECIPE = 1_000_000
 # Of the operating system; asking for a longer one is an error of its own.
 _LONGEST_PATH = 4000
+# Workers, CPUs and GPUs beyond any cluster, and seconds beyond any patience (30 years): what is larger is a slip, and
+# some of Ray's and PyTorch's own numbers end below.
+_MOST_WORKERS, _MOST_SECONDS, _MOST_LANES = 100_000, 10**9, 10**9
 # What not every model family uses.
 _FAMILY_SECTIONS = ("initialisation", "hierarchy", "evaluation")
 
@@ -39,7 +42,7 @@ class DataSettings(Settings):
     """Where the samples come from."""
 
     source: str | None = Field(
-        None, description="digits, mnist:F, svhn:F, images:F (a folder), or array:FILE.npy|npz; null takes `shards`"
+        None, description="digits, mnist:F, svhn:F, images:F, array:FILE, ring, swissroll; null takes `shards`"
     )
     shards: str | None = Field(None, description="folder or URL of the packed shards; null puts them below --out")
     rows_per_block: int | None = Field(
@@ -57,29 +60,43 @@ class DataSettings(Settings):
 class ScalingSettings(Settings):
     """How the training job is placed on machines."""
 
-    workers: int = Field(2, ge=1, description="data-parallel workers (most of them, where their number is elastic)")
+    workers: int = Field(
+        2, ge=1, le=_MOST_WORKERS, description="data-parallel workers (most of them, where their number is elastic)"
+    )
     min_workers: int | None = Field(
         None, ge=1, description="elastic: go on with so few while nodes are missing; null keeps the number fixed"
     )
-    workers_per_node: int | None = Field(None, ge=1, description="most workers on one node; null: as many as fit")
+    workers_per_node: int | None = Field(
+        None, ge=1, le=_MOST_WORKERS, description="most workers on one node; null: as many as fit"
+    )
     placement: Literal["pack", "spread", "strict_pack", "strict_spread"] = Field(
         "pack", description="few nodes or many; strict: one node, or a node each"
     )
     cpus_per_worker: float = Field(1, gt=0, description="CPUs per worker")
     threads_per_worker: int | None = Field(
-        None, ge=1, description="CPU threads of a worker's mathematics; null: its CPUs, rounded down"
+        None, ge=1, le=_MOST_WORKERS, description="CPU threads of a worker's mathematics; null: its CPUs, rounded down"
     )
     gpus_per_worker: float = Field(0, ge=0, description="GPUs per worker; 0 trains on CPU")
     max_failures: int = Field(3, ge=0, description="restarts of the worker group from its last checkpoint")
     start_timeout_seconds: int = Field(
-        900, ge=4, description="how long workers wait for room: for other jobs' end, or an autoscaler's nodes"
+        900,
+        ge=4,
+        le=_MOST_SECONDS,
+        description="how long workers wait for room: for other jobs' end, or an autoscaler's nodes",
     )
-    timeout_seconds: int = Field(1800, ge=10, description="a collective operation that takes longer has failed")
+    timeout_seconds: int = Field(
+        1800, ge=10, le=_MOST_SECONDS, description="a collective operation that takes longer has failed"
+    )
 
     @model_validator(mode="after")
     def _fewest(self) -> ScalingSettings:
         if self.min_workers is not None and self.min_workers > self.workers:
             raise ValueError(f"min_workers ({self.min_workers}) must not be above workers ({self.workers})")
+        if self.min_workers is not None and self._evenly() is None:
+            raise ValueError(
+                f"no batch divides by every number of workers from {self.min_workers} to {self.workers}: raise "
+                "min_workers"
+            )
         if self.workers_per_node is not None and self.placement in ("strict_pack", "strict_spread"):
             raise ValueError("workers_per_node is for placement pack or spread: leave it out, or change placement")
         return self
@@ -87,7 +104,16 @@ class ScalingSettings(Settings):
     @property
     def lanes(self) -> int:
         """Shares of the data's order that every number of workers can deal out evenly."""
-        return math.lcm(*range(self.min_workers or self.workers, self.workers + 1))
+        return self._evenly() or self.workers
+
+    def _evenly(self) -> int | None:
+        """The least common multiple of all numbers of workers; None where it is beyond any batch."""
+        found = 1
+        for workers in range(self.min_workers or self.workers, self.workers + 1):
+            found = math.lcm(found, workers)
+            if found > _MOST_LANES:
+                return None
+        return found
 
 
 class HierarchySettings(Settings):

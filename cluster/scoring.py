@@ -342,13 +342,13 @@ def saved_table(files: Sequence[str]) -> ReportTable:
             found = json.loads(storage.read_bytes(file))
             for row in found if isinstance(found, list) else [found]:
                 called = f"{file}: {row['name']}"
-                bins[called], rules[called] = row["protocol"]["bins_fingerprint"][:12], row["threshold"]
+                bins[called], rules[called] = str(row["protocol"]["bins_fingerprint"])[:12], str(row["threshold"])
                 (low, high), js = row["intervals"]["ndb_over_k"], row["intervals"]["js"]
                 cells.append([
                     *(row["name"], f"{row['ndb']} of {row['bins']}", str(row["ndb_holm"]), f"{low:.3f}–{high:.3f}"),
                     *(f"{row['js']:.4f}", f"{js[0]:.4f}–{js[1]:.4f}", row["n_samples"]),
                 ])  # fmt: skip
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, IndexError, TypeError, OverflowError, RecursionError) as error:
             raise UserError(f"{file}: no result of `evaluate --json` or `compare --json`: print it again") from error
     for used, what, remedy in ((bins, "bins", "--reference"), (rules, "rules", "--significance or --z-threshold")):
         if len(set(used.values())) > 1:

@@ -7,7 +7,6 @@ import signal
 import tempfile
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -239,7 +238,7 @@ def _train_rank(config: dict[str, Any]) -> dict[str, Any]:
         logger.flush()  # what was logged up to a checkpoint is never lost
         with tempfile.TemporaryDirectory() as folder:
             details = {"stream": fit.order(), "recipe": config["recipe"], "history": _plain(history)}
-            save_checkpoint(Path(folder), step, state, details)
+            save_checkpoint(folder, step, state, details)
             checkpoint = ray.train.Checkpoint.from_directory(folder)
             ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=f"step_{step:08d}")
 
@@ -286,7 +285,7 @@ def _latest_checkpoint(stream: dict[str, Any]) -> Checkpoint | None:
     if checkpoint is None:
         return None
     with checkpoint.as_directory() as folder:
-        return load_checkpoint(Path(folder), stream)
+        return load_checkpoint(folder, stream)
 
 
 def _plain(history: list[LogEntry]) -> list[dict[str, Any]]:

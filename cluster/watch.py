@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from data import storage
-from data.errors import UserError
+from data.errors import UserError, io_error
 from eval.comparison import Row
 from eval.metrics import ndb
 
 _FORMAT = 1
+# Samples in one bin of one batch; sums of them stay exact.
+_MOST = 2**48
 DEFAULT_LEVEL = 0.001
+_LOCK_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -85,12 +89,27 @@ def record(row: Row, thresholds: Thresholds, history: str) -> tuple[dict[str, An
     return entry, {"batches": len(entries), "n": int(counts.sum()), **verdict(together, thresholds)}
 
 
-def _alone(place: str) -> AbstractContextManager[Any]:
+@contextmanager
+def _alone(place: str) -> Iterator[None]:
     """Keeps other processes of this machine from the history; in an object store the last one wins."""
     if not storage.is_local(place):
-        return nullcontext()
-    Path(place).parent.mkdir(parents=True, exist_ok=True)
-    return FileLock(f"{place}.lock", timeout=60)
+        yield
+        return
+    lock = FileLock(f"{place}.lock", timeout=_LOCK_SECONDS)
+    try:
+        Path(place).parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(
+            f"{place}.lock: another process has held it for {_LOCK_SECONDS:g} s, or no lock can be had in this folder: "
+            "try again, or name another --history"
+        ) from error
+    except OSError as error:
+        raise io_error(error, place, "write") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _read(place: str, entry: dict[str, Any]) -> list[dict[str, Any]]:
@@ -100,9 +119,10 @@ def _read(place: str, entry: dict[str, Any]) -> list[dict[str, Any]]:
     for number, line in enumerate(storage.read_bytes(place).decode(errors="replace").splitlines(), start=1):
         try:
             old = json.loads(line)
-            counts = np.asarray(old["counts"], np.int64)
-            known, _ = old["bins_fingerprint"], old["samples_fingerprint"]
-        except (ValueError, KeyError, TypeError) as error:
+            counts, known, _ = old["counts"], old["bins_fingerprint"], old["samples_fingerprint"]
+            if not all(type(count) is int and 0 <= count <= _MOST for count in counts):
+                raise ValueError("counts are whole numbers")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{place}: line {number} is no record of a batch: repair or remove it") from error
         if known != entry["bins_fingerprint"] or len(counts) != len(entry["counts"]):
             raise UserError(

@@ -12,15 +12,18 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import urlsplit
 
 import fsspec
 import numpy as np
 
-from data.errors import UserError, io_error
+from data.errors import StorageError, UserError, io_error, one_line
 
 # Schemes that only move bytes. `pipe:` would run a shell command; chained URLs (`a::b`) could smuggle one in.
 ALLOWED_SCHEMES = ("file", "s3", "gs", "gcs", "abfs", "az", "hdfs", "http", "https", "memory")
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.\-]*):")
+# Packages whose exceptions reach us through fsspec without being OSErrors: no credentials, a broken connection.
+_STORES = ("botocore", "aiobotocore", "aiohttp", "google", "gcsfs", "azure")
 
 
 def check_url(url: str) -> str:
@@ -45,6 +48,10 @@ def check_url(url: str) -> str:
         )
     if scheme.group(1).lower() == "file":
         return _local_path(re.sub(r"^file:(//)?", "", text, flags=re.IGNORECASE))
+    try:
+        urlsplit(text)
+    except ValueError as error:
+        raise UserError(f"refused {text!r}: {one_line(error)}; give a path or SCHEME://HOST/PATH") from error
     return text
 
 
@@ -95,26 +102,39 @@ def filesystem(url: str) -> tuple[Any, str]:
     """
     try:
         fs, path = fsspec.core.url_to_fs(check_url(url))
-    except (ImportError, ValueError) as error:
+    except (ImportError, ValueError, OSError) as error:
         raise UserError(f"cannot use {url}: {error}") from error
     return fs, path
 
 
 @contextlib.contextmanager
+def _told(url: str, doing: str) -> Iterator[None]:
+    """Turns what a disk or a store says against `doing` something with `url` into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise io_error(error, url, doing) from error
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in _STORES:
+            raise
+        raise StorageError(
+            f"cannot {doing} {url}: {one_line(error).rstrip('.')}; check the address, and the credentials of the store"
+        ) from error
+
+
+@contextlib.contextmanager
 def open_read(url: str) -> Iterator[IO[bytes]]:
     """Opens a file for reading bytes, with random access where the store offers it."""
-    try:
+    with _told(url, "read"):
         fs, path = filesystem(url)
         handle = fs.open(path, "rb")
-    except OSError as error:
-        raise io_error(error, url, "read") from error
     with handle:
         yield handle
 
 
 def read_bytes(url: str) -> bytes:
     """The whole file."""
-    with open_read(url) as handle:
+    with _told(url, "read"), open_read(url) as handle:
         return handle.read()
 
 
@@ -124,7 +144,7 @@ def read_range(url: str, offset: int, length: int) -> bytes | memoryview:
     Of a local file a view of fresh memory, which arrays may keep and write to without a copy.
     """
     checked = check_url(url)
-    try:
+    with _told(url, "read"):
         if is_local(checked):
             # Not more than is there: the length may come from a file that lies.
             with open(checked, "rb", buffering=0) as handle:
@@ -137,8 +157,6 @@ def read_range(url: str, offset: int, length: int) -> bytes | memoryview:
                 return buffer[:done]
         fs, path = filesystem(url)
         return bytes(fs.cat_file(path, start=offset, end=offset + length))
-    except OSError as error:
-        raise io_error(error, url, "read") from error
 
 
 @contextlib.contextmanager
@@ -172,9 +190,8 @@ def publish(url: str) -> Iterator[IO[bytes]]:
                 os.unlink(target) if local else handle.discard()
         if isinstance(error, NotImplementedError):  # how fsspec's HTTP file system says that it only reads
             raise UserError(f"cannot write {url}: such a store can only be read; give a path or another URL") from error
-        if isinstance(error, OSError):
-            raise io_error(error, url, "write") from error
-        raise
+        with _told(url, "write"):
+            raise
 
 
 def write_text(url: str, text: str) -> None:
@@ -186,33 +203,28 @@ def write_text(url: str, text: str) -> None:
 def exists(url: str) -> bool:
     """Whether a file or folder is there."""
     fs, path = filesystem(url)
-    try:
+    with _told(url, "look for"):
         fs.invalidate_cache(posixpath.dirname(path.rstrip("/")))
         return bool(fs.exists(path))
-    except OSError as error:
-        raise io_error(error, url, "look for") from error
 
 
 def names(url: str) -> list[str]:
     """Sorted names of what lies in a folder; empty where there is no such folder."""
     fs, path = filesystem(url)
-    try:
-        # A store may answer from memory what another process has changed since.
-        fs.invalidate_cache(path)
-        return sorted(posixpath.basename(str(entry).rstrip("/")) for entry in fs.ls(path, detail=False))
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as error:
-        raise io_error(error, url, "list") from error
+    with _told(url, "list"):
+        try:
+            # A store may answer from memory what another process has changed since.
+            fs.invalidate_cache(path)
+            return sorted(posixpath.basename(str(entry).rstrip("/")) for entry in fs.ls(path, detail=False))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
 
 
 def size(url: str) -> int:
     """Bytes of a file."""
     fs, path = filesystem(url)
-    try:
+    with _told(url, "read"):
         return int(fs.size(path))
-    except OSError as error:
-        raise io_error(error, url, "read") from error
 
 
 # What stores say of a file's content, the surest first.
@@ -223,19 +235,17 @@ _TIMES = ("mtime", "LastModified", "last_modified", "updated", "created")
 def mark(url: str) -> tuple[int, str | None]:
     """Bytes of a file, and its checksum, ETag or time of change; None where the store tells none of them."""
     fs, path = filesystem(url)
-    try:
+    with _told(url, "read"):
         found = fs.info(path)
         n_bytes = found.get("size")
         known = next((f"{name} {found[name]}" for name in (*_MARKS, *_TIMES) if found.get(name)), None)
         return int(fs.size(path) if n_bytes is None else n_bytes), known
-    except OSError as error:
-        raise io_error(error, url, "read") from error
 
 
 def sha256(url: str) -> str:
     """SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
-    with open_read(url) as handle:
+    with _told(url, "read"), open_read(url) as handle:
         while chunk := handle.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
@@ -244,7 +254,7 @@ def sha256(url: str) -> str:
 def remove(url: str) -> None:
     """Removes a file or a folder with all that is in it; nothing happens where there is none."""
     fs, path = filesystem(url)
-    with contextlib.suppress(FileNotFoundError):
+    with _told(url, "remove"), contextlib.suppress(FileNotFoundError):
         fs.rm(path, recursive=True)
 
 
@@ -256,10 +266,8 @@ def local_copy(url: str) -> Iterator[Path]:
         return
     fs, path = filesystem(url)
     with tempfile.TemporaryDirectory() as place:
-        try:
+        with _told(url, "read"):
             fs.get(path.rstrip("/") + "/", place, recursive=True)
-        except OSError as error:
-            raise io_error(error, url, "read") from error
         yield Path(place)
 
 

@@ -26,6 +26,9 @@ _NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 # HOST[:PORT]/PATH:TAG@DIGEST; the container runtime knows the rest.
 _IMAGE = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._/:@-]*")
 _CREDENTIALS = re.compile(r"://[^/@\s]+:[^/@\s]+@")
+_NO_PASSWORD = "would stand in the manifest: put it into the Secret of the jobs"
+# Characters of a cluster's manifest, its aliases written out: nine lines of aliases can be a billion values.
+_LARGEST_MANIFEST = 3_000_000
 _RECIPE_FOLDER = "/etc/manymodes"
 _KUBECTL_SECONDS = 120
 
@@ -66,7 +69,8 @@ def render_ray_job(
     manifests = Path(str(files("deploy"))) / "kubernetes"
     if cluster is None and image is None:
         raise UserError("the job needs an image: give --image, or --cluster with the manifests of an overlay")
-    found = _ray_cluster(cluster or (manifests / "base" / "raycluster.yaml").read_text())
+    base = (manifests / "base" / "raycluster.yaml").read_text()
+    found = _ray_cluster(base if cluster is None else cluster)
     job = _document((manifests / "components" / "job" / "rayjob.yaml").read_text())
     own_recipe = _recipe_file(recipe)
     name = name or f"{_slug(own_recipe.stem if own_recipe else recipe)}-{secrets.token_hex(3)}"
@@ -83,6 +87,8 @@ def render_ray_job(
     documents = [job]
     if own_recipe:
         text = own_recipe.read_text(encoding="utf-8")
+        if _CREDENTIALS.search(text):
+            raise UserError(f"{own_recipe}: a URL with a password {_NO_PASSWORD}")
         documents.insert(
             0, {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": {"recipe.yaml": text}}
         )
@@ -140,7 +146,7 @@ def _entrypoint(recipe: str, out: str, overrides: Sequence[str]) -> str:
         if not word.isprintable():
             raise UserError(f"{word!r} holds characters that are no text: leave them out")
         if _CREDENTIALS.search(word):
-            raise UserError("a URL with a password would stand in the manifest: put it into the Secret of the jobs")
+            raise UserError(f"a URL with a password {_NO_PASSWORD}")
     return shlex.join(words).replace("$", "$$")
 
 
@@ -156,7 +162,32 @@ def _ray_cluster(text: str) -> dict[str, Any]:
         raise UserError(f"the cluster's manifests cannot be read as YAML: {one_line(error)}") from error
     if len(found) != 1:
         raise UserError(f"the cluster's manifests hold {len(found)} RayClusters: give those of one overlay")
-    return json.loads(json.dumps(found[0]))
+    try:
+        parts, size = [], 0
+        for part in json.JSONEncoder(default=str).iterencode(found[0]):  # a date that stands without quotes
+            parts.append(part)
+            size += len(part)
+            if size > _LARGEST_MANIFEST:
+                raise UserError("the cluster's manifest is too large, or its aliases are: give one overlay's")
+        manifest = json.loads("".join(parts))
+        _check_shape(manifest)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
+        told = repr(error) if isinstance(error, LookupError) else one_line(error)
+        raise UserError(
+            f"the cluster's RayCluster lacks a field, or has one of another kind ({told}): give an overlay's "
+            "manifests, as `kubectl kustomize` prints them"
+        ) from error
+    return manifest
+
+
+def _check_shape(manifest: dict[str, Any]) -> None:
+    """Reads what is used of a RayCluster; an exception says what cannot be."""
+    manifest["metadata"].get("namespace"), (manifest["metadata"].get("labels") or {}).items()
+    (manifest["spec"]["headGroupSpec"]["template"]["spec"].get("volumes") or [])[:0]
+    for container in _ray_containers(manifest["spec"]):
+        limits = container.get("resources", {}).get("limits", {})
+        for name in ("cpu", "nvidia.com/gpu"):
+            _quantity(limits.get(name, 0))
 
 
 def _ray_containers(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -233,4 +264,7 @@ def _place(groups: list[dict[str, Any]], workers: int, cpus: float, gpus: float)
 def _quantity(text: str | int | float) -> Decimal:
     """A Kubernetes quantity of CPUs or devices: 4, "4" or "500m"."""
     number = str(text)
-    return Decimal(number[:-1]) / 1000 if number.endswith("m") else Decimal(number)
+    try:
+        return Decimal(number[:-1]) / 1000 if number.endswith("m") else Decimal(number)
+    except ArithmeticError as error:
+        raise ValueError(f"{number!r} is no quantity: write 4 or 500m") from error

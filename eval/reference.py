@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -68,14 +69,16 @@ class Reference:
         for number, bins in enumerate(self.bins):
             names.append(f"bins-{len(bins.counts)}" + (f"-{number}" if f"bins-{len(bins.counts)}" in names else ""))
             self._with_pictures(bins).save(storage.join(folder, names[-1]))
+        summary = save_tensors({k: np.asarray(v, order="C") for k, v in self.summary.arrays().items()})
         with storage.publish(storage.join(folder, "summary.safetensors")) as handle:
-            handle.write(save_tensors({k: np.asarray(v, order="C") for k, v in self.summary.arrays().items()}))
+            handle.write(summary)
         document = {
             "format": _FORMAT,
             "name": self.name,
             "scale": self.scale,
             "bins": {name: bins.fingerprint for name, bins in zip(names, self.bins)},
             "scores": asdict(self.summary.settings),
+            "summary_sha256": hashlib.sha256(summary).hexdigest(),
             "facts": dict(self.facts),
         }
         storage.write_text(storage.join(folder, REFERENCE), json.dumps(document, indent=1) + "\n")
@@ -95,10 +98,17 @@ class Reference:
             if not bins or [each.fingerprint for each in bins] != list(document["bins"].values()):
                 raise UserError(f"{folder}: these bins do not belong together: fit them again")
             settings = ScoreSettings(**{**document["scores"], "names": tuple(document["scores"]["names"])})
-            arrays = load_tensors(storage.read_bytes(storage.join(folder, "summary.safetensors")))
-            facts = dict(document["facts"])
+            summary = storage.read_bytes(storage.join(folder, "summary.safetensors"))
+            known = document.get("summary_sha256")  # older references do not tell
+            if known is not None and known != hashlib.sha256(summary).hexdigest():
+                raise UserError(f"the summary in {folder} was changed or is damaged: fit the reference again")
+            arrays = load_tensors(summary)
+            facts = {str(name): value for name, value in document["facts"].items()}
             return cls(bins, Summary.from_arrays(settings, arrays), document["scale"], facts=facts)
-        except (KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
+        except (
+            *(KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RecursionError),
+            SafetensorError,
+        ) as error:
             raise UserError(f"cannot read the reference in {folder}: {error!r}; fit it again") from error
 
     def _with_pictures(self, bins: Bins) -> Bins:

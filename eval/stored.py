@@ -18,7 +18,9 @@ from data.partitions import Partitions
 from eval.measure import View, light, observe_partition
 
 # Changes when what is stored under a name does.
-_FORMAT = 2
+_FORMAT = 3
+# Under this name a file holds the SHA-256 of all that is in it: a flipped bit would else be a wrong score.
+_SUM = "sha256"
 
 
 def observe_stored(
@@ -54,7 +56,7 @@ def observe_stored(
         for key, value in observer.arrays().items()
     }
     with storage.publish(place) as handle:
-        handle.write(save_tensors(arrays))
+        handle.write(save_tensors({**arrays, _SUM: np.frombuffer(_digest(arrays), np.uint8)}))
     return found
 
 
@@ -67,9 +69,18 @@ def check_lasting(partitions: Partitions) -> None:
         )
 
 
+def _digest(arrays: Mapping[str, np.ndarray]) -> bytes:
+    digest = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype.str} {array.shape}".encode() + array.tobytes())
+    return digest.digest()
+
+
 def _restored(place: str, observers: Mapping[str, Any], number: int) -> Mapping[str, Any]:
     try:
         arrays = load_tensors(storage.read_bytes(place))
+        if arrays.pop(_SUM).tobytes() != _digest(arrays):
+            raise ValueError("its checksum differs")
         found = {}
         for name, observer in observers.items():
             own = {key[len(name) + 1 :]: value for key, value in arrays.items() if key.startswith(f"{name} ")}

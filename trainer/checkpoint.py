@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,22 +33,22 @@ class Checkpoint:
     details: dict[str, Any]
 
 
-def save_checkpoint(folder: Path, step: int, state: State, details: dict[str, Any]) -> None:
-    """Writes a checkpoint into an existing folder; the JSON is written last and makes it complete."""
-    with storage.publish(str(folder / "state.safetensors")) as handle:
+def save_checkpoint(folder: str, step: int, state: State, details: dict[str, Any]) -> None:
+    """Writes a checkpoint into a folder (a path or URL); the JSON is written last and makes it complete."""
+    with storage.publish(storage.join(folder, "state.safetensors")) as handle:
         handle.write(save_tensors({name: value.contiguous() for name, value in state.items()}))
     document = {"format": FORMAT, "step": step, **details}
-    storage.write_text(str(folder / "checkpoint.json"), json.dumps(document, indent=1))
+    storage.write_text(storage.join(folder, "checkpoint.json"), json.dumps(document, indent=1))
 
 
-def load_checkpoint(folder: Path, stream: dict[str, Any]) -> Checkpoint:
+def load_checkpoint(folder: str, stream: dict[str, Any]) -> Checkpoint:
     """Reads a checkpoint made by any engine on any number of workers.
 
     Raises:
         UserError: it is missing or damaged, or its `stream` (what the order of the data depends on) was another:
             going on would silently train on other batches.
     """
-    document = _read_json(str(folder / "checkpoint.json"))
+    document = _read_json(storage.join(folder, "checkpoint.json"))
     if document.get("format") != FORMAT:
         raise UserError(f"checkpoint {folder}: format {document.get('format')} is not known; start a new run")
     then = document.get("stream", {})
@@ -58,7 +58,7 @@ def load_checkpoint(folder: Path, stream: dict[str, Any]) -> Checkpoint:
                 f"checkpoint {folder}: the data's {name} was {then.get(name)}, now it is {value}; "
                 "set it back, or choose another output folder for a new run"
             )
-    state = _read_tensors(str(folder / "state.safetensors"))
+    state = _read_tensors(storage.join(folder, "state.safetensors"))
     return Checkpoint(int(document.pop("step")), state, document)
 
 
@@ -88,9 +88,11 @@ def save_model(
         "fingerprint": manifest.fingerprint,
     }
     tensors: dict[str, Tensor] = {name: v.detach().cpu().contiguous() for name, v in model.state_dict().items()}
+    weights = save_tensors(tensors)
     with storage.publish(storage.join(folder, "weights.safetensors")) as handle:
-        handle.write(save_tensors(tensors))
+        handle.write(weights)
     document = {"format": FORMAT, "family": family, "arguments": model.config, "data": data}
+    document["weights_sha256"] = hashlib.sha256(weights).hexdigest()
     if scores is not None:
         document["scores"] = dict(scores)
     storage.write_text(storage.join(folder, "model.json"), json.dumps(document, indent=1))
@@ -115,9 +117,13 @@ def load_model(folder: str) -> tuple[Any, dict[str, Any]]:
     document = _read_json(storage.join(base, "model.json"))
     if document.get("format") != FORMAT:
         raise UserError(f"model {folder}: format {document.get('format')!r} is not known; use the version that made it")
+    weights = storage.join(base, "weights.safetensors")
+    known = document.get("weights_sha256")  # models of earlier versions do not tell
+    if known is not None and storage.sha256(weights) != known:
+        raise UserError(f"model {folder}: the weights are damaged (another checksum): copy it again, or train it again")
     try:
         model = model_class(document["family"])(**document["arguments"])
-        model.load_state_dict(_read_tensors(storage.join(base, "weights.safetensors")))
+        model.load_state_dict(_read_tensors(weights))
         _check_model(model, document["data"])
     except (LookupError, ImportError, AttributeError, TypeError, ValueError, RuntimeError, MemoryError) as error:
         raise UserError(f"model {folder}: cannot be loaded ({one_line(error)}); train it again") from error

@@ -343,39 +343,60 @@ class RunLogger:
                 self.client = None
 
 
-class SubMixtureRuns:
-    """A child run per sub-mixture below a job's run, and one table of all of them with the job.
+class ChildRuns:
+    """A child run for each of a run's sub-tasks, with its numbers as metrics.
 
-    MLflow's failures cost the record, never the training. Components that an earlier call recorded are not again.
+    MLflow's failures cost the record, never the work. Sub-tasks that an earlier call recorded are not again.
     """
 
     def __init__(self, uri: str, run_id: str) -> None:
         self.uri, self.run_id = uri, run_id
-        self.rows: dict[int, Mapping[str, Any]] = {}
-        self.recorded: set[int] = set()
+        self.recorded: set[str] = set()
         self.usable = True
         with self._forgiven():
             client = mlflow_client(uri)
             self.experiment = client.get_run(run_id).info.experiment_id
             found = client.search_runs([self.experiment], f"tags.`mlflow.parentRunId` = '{run_id}'", max_results=5000)
-            self.recorded = {int(run.data.tags["component"]) for run in found if "component" in run.data.tags}
+            self.recorded = {run.data.tags["subtask"] for run in found if "subtask" in run.data.tags}
 
-    def add(self, component: int, result: Mapping[str, Any]) -> None:
-        """Records one sub-mixture: its numbers as metrics."""
-        self.rows[component] = result
-        if component in self.recorded or not self.usable:
+    def add(self, name: str, result: Mapping[str, Any]) -> None:
+        """Records one sub-task."""
+        if name in self.recorded or not self.usable:
             return
         from mlflow.entities import Metric
 
         with self._forgiven():
             client = mlflow_client(self.uri)
-            tags = {"mlflow.parentRunId": self.run_id, "component": str(component)}
-            run = client.create_run(self.experiment, run_name=f"component {component}", tags=tags)
+            tags = {"mlflow.parentRunId": self.run_id, "subtask": name}
+            run = client.create_run(self.experiment, run_name=name, tags=tags)
             now = int(time.time() * 1000)
-            numbers = {name: value for name, value in result.items() if value is not None}
-            client.log_batch(run.info.run_id, [Metric(name, float(v), now, 0) for name, v in numbers.items()])
+            numbers = {key: value for key, value in result.items() if value is not None}
+            client.log_batch(run.info.run_id, [Metric(key, float(v), now, 0) for key, v in numbers.items()])
             client.set_terminated(run.info.run_id)
-            self.recorded.add(component)
+            self.recorded.add(name)
+
+    @contextmanager
+    def _forgiven(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if not isinstance(error, _failures()):
+                raise
+            print(f"manymodes: sub-tasks are not recorded in MLflow: {_reason(error)}", file=sys.stderr)
+            self.usable = False  # each try may wait for a silent server
+
+
+class SubMixtureRuns(ChildRuns):
+    """A child run for each sub-mixture of a job, and one table of all of them with the job."""
+
+    def __init__(self, uri: str, run_id: str) -> None:
+        super().__init__(uri, run_id)
+        self.rows: dict[int, Mapping[str, Any]] = {}
+
+    def add_component(self, component: int, result: Mapping[str, Any]) -> None:
+        """Records one sub-mixture."""
+        self.rows[component] = result
+        self.add(f"component {component}", result)
 
     def close(self) -> None:
         """Stores the table `sub-mixtures.csv` with the job's run."""
@@ -388,16 +409,6 @@ class SubMixtureRuns:
             lines.append(",".join([str(k), *("" if value is None else str(value) for value in values)]))
         with self._forgiven():
             mlflow_client(self.uri).log_text(self.run_id, "\n".join(lines) + "\n", "sub-mixtures.csv")
-
-    @contextmanager
-    def _forgiven(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            if not isinstance(error, _failures()):
-                raise
-            print(f"manymodes: sub-mixtures are not recorded in MLflow: {_reason(error)}", file=sys.stderr)
-            self.usable = False  # each try may wait for a silent server
 
 
 _PACKAGES = ("manymodes", "torch", "numpy", "ray", "deepspeed", "faiss-cpu", "faiss-gpu", "webdataset", "mlflow")

@@ -35,6 +35,8 @@ TOKEN_VARIABLE = "MANYMODES_SERVE_TOKEN"
 _BATCH, _WAIT_SECONDS = 64, 0.002
 # Waiting requests beyond these are told to come back (503).
 _ONGOING, _QUEUED = 256, 1024
+# A body that takes longer to come is given up: slow clients would else keep all others waiting.
+_BODY_SECONDS = 30.0
 # JSON of more bytes is read and written beside the event loop.
 _LARGE = 1 << 16
 
@@ -108,7 +110,11 @@ class ModelServer:
         kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise Refused(415, f"the body is {kind}: send application/json")
-        body = await self._body(request)
+        try:
+            async with asyncio.timeout(_BODY_SECONDS):
+                body = await self._body(request)
+        except TimeoutError as error:
+            raise Refused(408, f"the body has not come within {_BODY_SECONDS:g} s: send it faster, or less") from error
         job = await _beside(len(body), read_job, task, body, self.served.shape, self.limits)
         found = await self.ask(job)
         if isinstance(found, Exception):

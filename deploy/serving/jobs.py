@@ -73,7 +73,9 @@ def read_job(task: str, body: bytes, shape: tuple[int, ...], limits: Limits) -> 
         x = _hidden(x, document.get("mask"))
     elif np.isnan(x).any():
         raise Refused(400, "inputs hold null: only /inpaint takes it, for what is hidden")
-    rows = n if task == "sample" else len(x) * (n if task == "inpaint" and mode == "sample" else 1)
+    rows = n if task == "sample" else len(x)
+    if task == "inpaint" and mode == "sample":
+        rows = n * max(1, len(x))  # the model reads n of no sample, too
     if rows > limits.rows or (task != "log_prob" and rows * width > limits.values):
         most = limits.rows if task == "log_prob" else min(limits.rows, max(1, limits.values // width))
         raise Refused(413, f"{rows} samples in one request: ask for at most {most} at a time")

@@ -171,6 +171,20 @@ class NDBResult:
         }
 
 
+def check_rule(z_threshold: float | None, significance: float | None) -> None:
+    """Refuses what `score` cannot flag bins by.
+
+    Raises:
+        ValueError: both given, or one out of range.
+    """
+    if z_threshold is not None and significance is not None:
+        raise ValueError("give z_threshold or significance, not both")
+    if z_threshold is not None and not 0 < z_threshold < np.inf:
+        raise ValueError(f"z_threshold must be positive, got {z_threshold}")
+    if significance is not None and not 0 < significance < 1:
+        raise ValueError(f"significance must lie between 0 and 1, got {significance}")
+
+
 def score(
     reference_counts: np.ndarray,
     sample_counts: np.ndarray,
@@ -197,21 +211,16 @@ def score(
     Raises:
         ValueError: both rules given, a rule out of range, or unusable counts (see `two_proportion_z`).
     """
-    if z_threshold is not None and significance is not None:
-        raise ValueError("give z_threshold or significance, not both")
+    check_rule(z_threshold, significance)
     if seed < 0:
         raise ValueError(f"seed must not be negative, got {seed}")
     z = two_proportion_z(reference_counts, sample_counts)
     p_values = 2 * stats.norm.sf(np.abs(z))
     if z_threshold is not None:
-        if not 0 < z_threshold < np.inf:
-            raise ValueError(f"z_threshold must be positive, got {z_threshold}")
         level = 2 * float(stats.norm.sf(z_threshold))
         flagged, threshold = np.abs(z) > z_threshold, f"|z| > {z_threshold:g}"
     else:
         level = DEFAULT_SIGNIFICANCE if significance is None else significance
-        if not 0 < level < 1:
-            raise ValueError(f"significance must lie between 0 and 1, got {level}")
         z_threshold = float(stats.norm.isf(level / 2))
         flagged, threshold = p_values < level, f"p < {level:g} (|z| > {z_threshold:.2f})"
     reference, samples = np.asarray(reference_counts, np.int64), np.asarray(sample_counts, np.int64)

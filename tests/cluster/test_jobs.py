@@ -35,8 +35,11 @@ def test_data_results_and_environments_stay_at_home(tmp_path):
         place = folder
     assert sent == {"data/x.py", "m/own.py", "elsewhere.yaml", name}
     assert not place.exists()
-    with package(tmp_path, "digits") as (_, name):
-        assert name == "digits"
+    (tmp_path / "digits").write_text("name: mine")  # beside a shipped recipe of this name, which is meant
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(tmp_path)
+        with package(tmp_path, "digits") as (_, name):
+            assert name == "digits"
 
 
 def test_the_project_itself_is_small_and_whole():

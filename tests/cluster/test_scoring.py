@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
+from filelock import FileLock
 from PIL import Image
 
 from cluster.counting import ray_pass
@@ -253,6 +254,85 @@ def test_results_per_sample_and_the_missing_bins(sets):
     assert "choose another folder" in str(
         run("evaluate", "part.npy", "--reference", "known.npz", *FEW, "--per-sample", "rows").exception
     )
+    # What was killed before its end is begun again.
+    (sets / "rows" / "_per-sample.json").unlink()
+    (sets / "rows" / "part-000000.parquet").write_bytes(b"half")
+    (sets / "missing" / "shards" / "manifest.json").unlink()
+    again = run(
+        *("evaluate", "part.npy", "--reference", "known.npz", "--bins", 10, "--n-init", 1, "--scores", "manifold"),
+        *("--subsample", 300, "--per-sample", "rows", "--export-missing", "missing", "--json"),
+    )
+    assert again.exit_code == 0, again.exception
+    assert pq.read_table("rows").to_pydict() == rows
+    assert open_partitions("missing/shards", split="train").n == packed.n
+
+
+def test_what_cannot_be_done_is_refused_before_the_samples_are_read(sets, monkeypatch):
+    """Scores that took hours must not be lost for the place of a file."""
+    run("reference", "known.npz", "--out", "ref", *FEW)
+    assert "a reference is there already" in str(run("reference", "same.npy", "--out", "ref", *FEW).exception)
+    (sets / "rows").mkdir()
+    (sets / "rows" / "_per-sample.json").touch()
+    (sets / "folder").mkdir()
+    with monkeypatch.context() as patched:
+        patched.setattr("cluster.scoring.open_set", lambda *_: pytest.fail("samples were opened"))
+        for more, words in (
+            (("--z-threshold", "nan"), "z_threshold"),
+            (("--significance", 1), "significance"),
+            (("--report", "folder"), "folder"),
+            (("--report", "same.npy/r.html"), "is a file"),
+            (("--report", ""), "empty path"),
+            (("--per-sample", "rows"), "choose another folder"),
+            (("--per-sample", "same.npy"), "is a file"),
+            (("--export-missing", "out"), "does not hold its samples"),
+        ):
+            refused = run("evaluate", "same.npy", "--reference", "ref", *more)
+            assert isinstance(refused.exception, UserError), (more, refused.exception)
+            assert words in str(refused.exception)
+    whole = run(
+        "evaluate", "known.npz", "--reference", "known.npz", *FEW, "--export-missing", "out", "--report", "r.html"
+    )
+    assert whole.exit_code == 0, whole.exception
+    assert "no bin is missing" in whole.output
+    assert (sets / "r.html").exists()
+
+
+def test_a_damaged_history_is_told_and_kept(sets):
+    watch = ("watch", "same.npy", "--reference", "ref", "--history", "h")
+    run("reference", "known.npz", "--out", "ref", *FEW)
+    assert run(*watch).exit_code == 0
+    entry = {**json.loads((sets / "h").read_text()), "samples_fingerprint": "other"}
+    counts = (5, [1.5] * 10, [-1] * 10, [10**30] * 10, [[1]] * 10)
+    faults = [json.dumps({**entry, "counts": each}) for each in counts]
+    for line in [*faults, "[" * 200_000, "[]", json.dumps(entry)[:-9]]:
+        (sets / "h").write_text(line)
+        refused = run(*watch)
+        assert isinstance(refused.exception, UserError), line[:99]
+        assert "line 1 is no record" in str(refused.exception)
+        assert (sets / "h").read_text() == line
+
+
+def test_a_history_that_another_process_holds_is_told(sets, monkeypatch):
+    monkeypatch.setattr("cluster.watch._LOCK_SECONDS", 0.1)
+    run("reference", "known.npz", "--out", "ref", *FEW)
+    with FileLock("h.lock"):
+        refused = run("watch", "same.npy", "--reference", "ref", "--history", "h")
+    assert isinstance(refused.exception, UserError)
+    assert "another process" in str(refused.exception)
+
+
+def test_damaged_results_are_told(sets):
+    run("reference", "known.npz", "--out", "ref", *FEW)
+    saved = json.loads(run("evaluate", "same.npy", "--reference", "ref", "--json").stdout)
+    cut = {**saved, "intervals": {**saved["intervals"], "js": []}}
+    odd = {**saved, "protocol": {**saved["protocol"], "bins_fingerprint": [1]}, "threshold": [1]}
+    (sets / "good.json").write_text(json.dumps(saved))
+    for content in (json.dumps(cut), "[" * 200_000, json.dumps(odd)):
+        (sets / "bad.json").write_text(content)
+        with pytest.raises(UserError, match=r"bad\.json"):
+            saved_table(["good.json", "bad.json"])
+    refused = run("compare", "good.json", "--report", "r.html")
+    assert "--report needs the samples" in str(refused.exception)
 
 
 def test_a_fitted_reference_settles_how_scores_are_taken(sets):

@@ -211,3 +211,31 @@ def test_apply_gives_kubectl_the_manifest_and_tells_its_refusal(tmp_path, monkey
     monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="not on the PATH"):
         apply_manifest("kind: x\n")
+
+
+def test_a_password_in_a_recipe_file_stays_out_of_the_manifest(tmp_path):
+    recipe = tmp_path / "own.yaml"
+    recipe.write_text('name: own\ndata: {source: digits}\ntracking: {uri: "http://me:hunter2@mlflow:5000"}\n')
+    with pytest.raises(UserError, match="password would stand in the manifest") as refused:
+        rendered(str(recipe))
+    assert "hunter2" not in str(refused.value)
+
+
+def test_a_cluster_that_is_none_is_told():
+    whole = yaml.safe_load((ROOT / "deploy/kubernetes/base/raycluster.yaml").read_text())
+    aliases = "a: &a [x, x, x, x, x, x, x, x, x]\n"
+    for name, before in zip("bcdefghij", "abcdefghi"):
+        aliases += f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n"
+    group = {"template": {"spec": {"containers": [{"resources": {"limits": {"cpu": "4x"}}}]}}}
+    for cluster, words in (
+        ("", "0 RayClusters"),
+        ("kind: RayCluster\n", "'metadata'"),
+        ("kind: RayCluster\nmetadata: {}\nspec: &a {x: *a}\n", "Circular"),
+        (f"kind: RayCluster\n{aliases}", "too large"),
+        (yaml.safe_dump({**whole, "spec": {**whole["spec"], "headGroupSpec": {}}}), "'template'"),
+        (yaml.safe_dump({**whole, "spec": {**whole["spec"], "workerGroupSpecs": "x"}}), "lacks a field"),
+        (yaml.safe_dump({**whole, "spec": {**whole["spec"], "workerGroupSpecs": [group]}}), "no quantity"),
+    ):
+        with pytest.raises(UserError, match=re.escape(words)):
+            rendered(cluster=cluster)
+    assert job_of(rendered(cluster=yaml.safe_dump({**whole, "built": "DATE"}).replace("DATE", "2024-01-01")))

@@ -1,5 +1,6 @@
 """The HTTP server: what it answers, what it refuses, and how it ends. One server for the module, on loopback."""
 
+import asyncio
 import concurrent.futures
 import json
 import os
@@ -179,6 +180,31 @@ def test_malformed_bodies(task, body, message):
     with pytest.raises(Refused, match=message) as caught:
         read_job(task, raw, (8, 8, 1), LIMITS)
     assert caught.value.status == 400
+
+
+def test_no_sample_cannot_be_completed_without_end():
+    body = json.dumps({"inputs": [], "mode": "sample", "n": 10**30}).encode()
+    with pytest.raises(Refused, match="at most") as caught:
+        read_job("inpaint", body, (8, 8, 1), LIMITS)
+    assert caught.value.status == 413
+
+
+def test_a_body_that_does_not_come_is_given_up(monkeypatch):
+    """Else some hundred of them would keep everybody waiting."""
+    from starlette.requests import Request
+
+    from deploy.serving import application
+
+    async def never():
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(application, "_BODY_SECONDS", 0.05)
+    server = object.__new__(application.ModelServer)
+    server.token, server.limits, server.served = None, LIMITS, SimpleNamespace(tasks=["log_prob"])
+    scope = {"type": "http", "method": "POST", "path": "/score", "headers": [(b"content-length", b"9")]}
+    with pytest.raises(Refused, match="has not come") as caught:
+        asyncio.run(asyncio.wait_for(server._respond(Request(scope, never), "/score"), 20))
+    assert caught.value.status == 408
 
 
 def test_one_bad_job_of_a_batch_fails_alone(shelf):

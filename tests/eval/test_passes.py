@@ -152,9 +152,32 @@ def test_a_damaged_store_is_named(tmp_path):
         observe_stored(parts, 0, View(), observers, str(tmp_path))
     parts.lasting = True
     observe_stored(parts, 0, View(), observers, str(tmp_path))
-    next(tmp_path.iterdir()).write_bytes(b"broken")
-    with pytest.raises(UserError, match="remove it"):
-        observe_stored(parts, 0, View(), observers, str(tmp_path))
+    file = next(tmp_path.iterdir())
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1  # a number that is another one, and still a number
+    for damaged in (b"broken", bytes(content)):
+        file.write_bytes(damaged)
+        with pytest.raises(UserError, match="remove it"):
+            observe_stored(parts, 0, View(), observers, str(tmp_path))
+
+
+def test_a_damaged_reference_is_named(tmp_path):
+    parts = samples(n=300)
+    place = str(tmp_path / "ref")
+    fit_reference(parts, local_pass(parts), [SETTINGS], ScoreSettings(subsample=50)).save(place)
+    Reference.load(place)
+    files = sorted(path for path in (tmp_path / "ref").rglob("*") if path.is_file())
+    assert len(files) == 5
+    for file in files:
+        whole = file.read_bytes()
+        flipped = bytearray(whole)
+        flipped[-9] ^= 1
+        damages = [b"[" * 200_000, whole[: len(whole) // 2]]
+        for content in [*damages, bytes(flipped)] if file.suffix == ".safetensors" else damages:
+            file.write_bytes(content)
+            with pytest.raises(UserError, match="again"):
+                Reference.load(place)
+        file.write_bytes(whole)
 
 
 def test_a_reference_is_kept_whole(tmp_path, monkeypatch):

@@ -18,6 +18,6 @@ def random_flow(shape, n_components=1, *, seed=0, dtype=torch.float64, size=0.3,
             fan_in = {3: value.shape[1:2], 4: value.shape[1:]}.get(value.ndim, ()) if last else ()
             spread = size / math.prod(fan_in) ** 0.5 if last or not name.startswith("body") else 0.0
             value.data += torch.randn_like(value) * spread
-        if model.weights == "em":
-            model.mixing_logits += torch.randn(n_components)
+        if model.mixing.by_em:
+            model.mixing.logits += torch.randn(n_components)
     return model.to(dtype).eval()

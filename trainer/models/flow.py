@@ -5,7 +5,6 @@ This file imports only torch, the standard library and its neighbours: with thes
 References:
     W. Gong, Wasserstein Generative Adversarial Network, MPhil thesis, Cambridge 2017 (chapters 3 and 4).
     L. Dinh, D. Krueger, Y. Bengio, NICE, 2014; L. Dinh, J. Sohl-Dickstein, S. Bengio, Real NVP, 2017.
-    J. Sethuraman, A constructive definition of Dirichlet priors, 1994 (the stick-breaking weights).
 """
 
 from __future__ import annotations
@@ -15,15 +14,13 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.models.coupling import MLP, ConvNet, ImageFlow, VectorFlow
+from trainer.models.mixing import MixingWeights
 
 _SAMPLES_AT_ONCE = 4096
-# Share of the data below which a component has nothing, and what is left of a stick counts as nothing.
-_NOTHING = 1e-6
 
 
 class Flow(nn.Module):
@@ -33,22 +30,13 @@ class Flow(nn.Module):
     (`affine`), couplings, and the diagonal scaling S of NICE. All components are computed together. Before training
     the flow is the affine layer alone, as the last layers of all networks are zero.
 
-    Parameters (shapes): `mixing_logits` [T], `log_scale` [T, d] (log S), `shift` and `log_width` [T, d] (the affine
+    Parameters (shapes): `mixing.logits` [T], `log_scale` [T, d] (log S), `shift` and `log_width` [T, d] (the affine
     layer, (x - shift) / exp(log_width)), `lower` [T, d, d] and `log_diagonal` [T, d] (where it is full, the triangular
     matrix that follows: d times what is below the diagonal, and the diagonal's logarithm), and those of the coupling
-    networks. Where `weights` is "em", `mixing_logits` is a buffer.
+    networks.
 
-    The weights by EM: as batch normalisation keeps running means, `forward` in training mode moves the weights towards
-    the responsibilities of the batch, averaged over all workers, π <- π + λ_c (E[p(c | x)] - π), after the first
-    `weight_start` batches (thesis eq. 4.5-4.8, Algorithm 5).
-
-    Priors on the weights, one or none; `n_train` samples are weighed against them:
-
-    - `entropic_weight` λ: the entropic regularisation -1/T Σ log π_c (thesis eq. 4.11) times λ, per sample: a Dirichlet
-      prior of λ n_train / T pseudo-samples per component.
-    - `stick_breaking` κ, a share of the data: Π_j R_j^(-κ n_train) with R_j what is left of the stick after the j
-      largest weights, the density of stick-breaking weights of concentration -> 0 where κ n_train = 1. Each further
-      component must stand for a share κ of the data, or its weight goes to zero. See `live_components`.
+    The mixing coefficients and their priors are those of `MixingWeights`; where they are learnt by EM, `forward` in
+    training mode moves them.
 
     Args:
         shape: of a sample: [n_features], or [height, width, channels] (channels may be missing).
@@ -62,10 +50,8 @@ class Flow(nn.Module):
         base: "gaussian" or "logistic" (standard).
         affine: "none", "diagonal" (shift and width of each feature), or "full" (a triangular matrix as well).
         logit: α of y = logit(α + (1 - 2 α) x) for data in [0, 1]; None leaves the data as they are.
-        weights: how π is learnt, "gradient" (of the logits; thesis eq. 4.9) or "em".
-        weight_rate: λ_c.
-        weight_start: C_start, in batches.
-        entropic_weight, stick_breaking, n_train: see above.
+        weights, weight_rate, weight_start, entropic_weight, stick_breaking, n_train: of the mixing coefficients; see
+            `MixingWeights`.
         precision: of the networks' matrix products in training mode; densities and scores are never computed in less
             than float32.
 
@@ -102,12 +88,20 @@ class Flow(nn.Module):
             raise ValueError(
                 "a flow needs a shape, n_components, width and n_train >= 1, n_couplings and n_layers >= 0"
             )
-        if entropic_weight and stick_breaking is not None:
-            raise ValueError("entropic_weight spreads the weights, stick_breaking gathers them: choose one")
+        for name, value, known in (
+            ("coupling", coupling, ("additive", "affine")),
+            ("network", network, ("mlp", "conv")),
+            ("base", base, ("gaussian", "logistic")),
+            ("affine", affine, ("none", "diagonal", "full")),
+            ("precision", precision, ("float32", "bfloat16")),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be {' or '.join(known)}, not {value!r}")
         self.n_features, self.n_components, self.affine = math.prod(self.shape), n_components, affine
-        self.base, self.logit, self.weights = base, logit, weights
-        self.weight_rate, self.weight_start = weight_rate, weight_start
-        self.entropic_weight, self.stick_breaking, self.n_train = entropic_weight, stick_breaking, n_train
+        self.base, self.logit = base, logit
+        self.mixing = MixingWeights(
+            n_components, weights, weight_rate, weight_start, entropic_weight, stick_breaking, n_train
+        )
         t, d = n_components, self.n_features
         # Components that start at the same place must differ, or they stay together.
         start = 0.1 if t > 1 and affine == "none" else 0.0
@@ -127,13 +121,6 @@ class Flow(nn.Module):
             self.body = ImageFlow((height, columns, channels), conv, n_couplings, scaled, half)
         else:
             raise ValueError(f"convolutional couplings are for images, not for samples of shape {list(self.shape)}")
-        self.mixing_logits: Tensor
-        if weights == "em":
-            self.register_buffer("mixing_logits", torch.zeros(t))
-            self.batches_seen: Tensor
-            self.register_buffer("batches_seen", torch.zeros((), dtype=torch.int64))
-        else:
-            self.mixing_logits = nn.Parameter(torch.zeros(t))
         self.log_scale = nn.Parameter(torch.zeros(t, d))
         if affine != "none":
             self.shift = nn.Parameter(torch.zeros(t, d))
@@ -153,12 +140,12 @@ class Flow(nn.Module):
     @property
     def mixing_coefficients(self) -> Tensor:
         """Mixing coefficients π, [T] float64; they sum to one."""
-        return self.mixing_logits.double().softmax(0)
+        return self.mixing.coefficients
 
     @property
     def live_components(self) -> Tensor:
-        """Numbers of the components that are not pruned, int64: weights of at least κ, without that prior of 1e-6."""
-        return (self.mixing_coefficients >= max(self.stick_breaking or 0.0, _NOTHING)).nonzero().squeeze(1)
+        """Numbers of the components that are not pruned, int64; see `MixingWeights`."""
+        return self.mixing.live
 
     @torch.no_grad()
     def set_affine(self, mixing: Tensor, shift: Tensor, width: Tensor, triangle: Tensor | None = None) -> None:
@@ -171,7 +158,7 @@ class Flow(nn.Module):
         """
         if self.affine == "none":
             raise ValueError("this flow has no affine layer")
-        self._set_weights(mixing)
+        self.mixing.set(mixing)
         self.shift.copy_(shift)
         self.log_width.copy_(width.log())
         if triangle is not None:
@@ -182,10 +169,11 @@ class Flow(nn.Module):
         """What enters the affine layers, [batch, d], and log |det dy/dx| [batch]: -inf outside of the support."""
         if self.logit is None:
             return x, x.new_zeros(len(x))
-        p = self.logit + (1 - 2 * self.logit) * x
-        outside = ((p <= 0) | (p >= 1)).any(1)
-        p = p.clamp(torch.finfo(x.dtype).tiny, 1 - torch.finfo(x.dtype).eps / 2)
-        log_p, log_q = p.log(), torch.log1p(-p)
+        # Both tails of their own: 1 - p would have lost the digits of what is near 1.
+        p, q = (self.logit + (1 - 2 * self.logit) * part for part in (x, 1 - x))
+        outside = ((p <= 0) | (q <= 0)).any(1)
+        tiny = torch.finfo(x.dtype).tiny
+        log_p, log_q = p.clamp_min(tiny).log(), q.clamp_min(tiny).log()
         log_det = self.n_features * math.log(1 - 2 * self.logit) - (log_p + log_q).sum(1)
         return log_p - log_q, log_det.masked_fill(outside, -math.inf)
 
@@ -219,7 +207,7 @@ class Flow(nn.Module):
             log_base = -0.5 * z.square().sum(-1) - 0.5 * self.n_features * math.log(2 * math.pi)
         else:
             log_base = (z - 2 * F.softplus(z, threshold=40)).sum(-1)
-        return (log_base + log_det).T + self.mixing_logits.log_softmax(0)
+        return (log_base + log_det).T + self.mixing.log()
 
     def log_prob(self, x: Tensor) -> Tensor:
         """log p(x) in nats, [batch], for x [batch, ...]; of x itself, also where there is a logit."""
@@ -229,15 +217,11 @@ class Flow(nn.Module):
         """Posterior probabilities p(c | x), [batch, T]; π where x has no density."""
         joint = self.component_log_prob(x)
         nowhere = joint.amax(1, keepdim=True) == -math.inf
-        return torch.where(nowhere, self.mixing_logits.softmax(0), joint.masked_fill(nowhere, 0.0).softmax(1))
+        return torch.where(nowhere, self.mixing.log().exp(), joint.masked_fill(nowhere, 0.0).softmax(1))
 
     def log_prior(self) -> Tensor:
-        """Log-density of the weights under their prior, up to a constant, in nats; zero where there is none."""
-        log_mixing = self.mixing_logits.log_softmax(0)
-        if self.stick_breaking is not None:
-            left = log_mixing.exp().sort().values.cumsum(0)[:-1]  # smallest first: R_{T-1}, ..., R_1
-            return -self.stick_breaking * self.n_train * (left + _NOTHING).log().sum()
-        return self.entropic_weight * self.n_train / self.n_components * log_mixing.sum()
+        """Log-density of the mixing coefficients under their prior, up to a constant, in nats; zero without one."""
+        return self.mixing.log_prior()
 
     def forward(self, x: Tensor | None, n: int = 0, *, component: Tensor | None = None) -> Any:
         """Everything that training needs, in one call that engines can wrap.
@@ -259,9 +243,9 @@ class Flow(nn.Module):
                 log_prob = joint.logsumexp(1)
             else:
                 log_prob = joint.gather(1, component.unsqueeze(1)).squeeze(1)
-            if self.weights == "em" and self.training and torch.is_grad_enabled():
-                given = joint.detach().softmax(1) if component is None else F.one_hot(component, self.n_components)
-                self._move_weights(given.double().mean(0))
+            if self.mixing.by_em and self.training and torch.is_grad_enabled():
+                known = None if component is None else F.one_hot(component, self.n_components)
+                self.mixing.learn(joint.detach().softmax(1) if known is None else known)
         if n == 0:
             return log_prob, log_prior
         return log_prob, log_prior, *self._draw(n, None)
@@ -324,32 +308,6 @@ class Flow(nn.Module):
         else:
             z = torch.rand(n, self.n_features, **options).clamp_min(torch.finfo(self.log_scale.dtype).tiny).logit()
         return self.generate(z, component), component
-
-    @torch.no_grad()
-    def _set_weights(self, mixing: Tensor) -> None:
-        self.mixing_logits.copy_(mixing.double().clamp_min(torch.finfo(torch.float32).tiny).log())
-
-    @torch.no_grad()
-    def _move_weights(self, shares: Tensor) -> None:
-        """A damped M-step towards the mean responsibilities [T] of this worker's part of the batch."""
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(shares)
-            shares /= dist.get_world_size()
-        self.batches_seen += 1
-        if int(self.batches_seen) > self.weight_start:
-            self._set_weights(torch.lerp(self.mixing_coefficients, self._best_weights(shares), self.weight_rate))
-
-    def _best_weights(self, shares: Tensor) -> Tensor:
-        """Weights [T] of highest posterior for mean responsibilities [T] (thesis eq. 4.7, with the prior)."""
-        if self.stick_breaking is None:
-            return (shares + self.entropic_weight / self.n_components) / (1 + self.entropic_weight)
-        ranked, order = shares.sort(descending=True)
-        after = ranked.flip(0).cumsum(0).flip(0) - ranked
-        later = (ranked > _NOTHING).flip(0).cumsum(0).flip(0) - (ranked > _NOTHING).long()  # components still to come
-        rest = (after - self.stick_breaking * later).clamp_min(0)
-        broken = torch.where(rest > 0, ranked / (ranked + rest), 1.0)
-        left = torch.cat([broken.new_ones(1), (1 - broken).cumprod(0)[:-1]])
-        return torch.empty_like(shares).index_put((order,), broken * left)
 
 
 MODEL = Flow

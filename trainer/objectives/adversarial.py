@@ -72,6 +72,8 @@ class Adversarial:
         if likelihood is not None:
             likelihood.networks = self.networks
         self._pretrains, self._moves = False, 0
+        self._points: Sequence[Tensor] = ()
+        self._posteriors: Sequence[Tensor | None] = ()
 
     def turns(self, step: int) -> Sequence[str]:
         self._pretrains, self._moves = step < self.pretrain_steps, 0
@@ -81,41 +83,53 @@ class Adversarial:
 
     def loss(self, player: str, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         if player == "critic":
-            share = mini_batch(batch["x"], self._moves, self.critic_steps)
-            self._moves += 1
-            return self._critic_loss(share)
+            return self._critic_loss(batch["x"])
         if self._pretrains and self.likelihood is not None:
             return self.likelihood.loss(player, batch)
         return self._generator_loss(mini_batch(batch["x"], -1, self.critic_steps))
 
-    def _critic_loss(self, real: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        n = len(real)
-        with torch.no_grad():
-            _, _, fake, components = self.networks["model"](None, n)
-            posterior = self._posterior(torch.cat([real, fake]))
-        if posterior is not None and self.assignment == "hard":
-            posterior[n:] = F.one_hot(components, posterior.shape[1])
-        of_real, of_fake = _mixed(self.networks["critic"](torch.cat([real, fake])), posterior).split(n)
+    def _critic_loss(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        turn = self._moves % self.critic_steps
+        if turn == 0:  # the generator stands still until the critic has moved for the last time
+            self._points, self._posteriors = self._prepared(x)
+        self._moves += 1
+        points = [mini_batch(part, turn, self.critic_steps) for part in self._points]
+        weights = [None if w is None else mini_batch(w, turn, self.critic_steps) for w in self._posteriors]
+        values = self.networks["critic"](torch.cat(points[:2])).split(len(points[0]))
+        of_real, of_fake = (_mixed(value, weight) for value, weight in zip(values, weights))
         gap = of_real.mean() - of_fake.mean()
         loss = -gap if self.kind == "wasserstein" else F.softplus(-of_real).mean() + F.softplus(of_fake).mean()
         scalars = {"gap": gap.detach()}
         if self.gradient_penalty is not None:
-            between = torch.lerp(fake, real, self._interpolation(n).to(real))
             # The bare network: DeepSpeed's wrapper cannot be differentiated twice.
-            network = self.players["critic"].module
-            penalty = gradient_penalty(network, between, self._posterior(between))
+            penalty = gradient_penalty(self.players["critic"].module, points[2], weights[2])
             loss = loss + self.gradient_penalty * penalty
             scalars["penalty"] = penalty.detach()
         return loss, scalars
+
+    @torch.no_grad()
+    def _prepared(self, x: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
+        """Data, samples and (for the penalty) points between, each [batch, d]; and the critics' weights at them."""
+        real = x.flatten(1)
+        _, _, fake, components = self.networks["model"](None, len(real))
+        points = [real, fake]
+        if self.gradient_penalty is not None:
+            points.append(torch.lerp(fake, real, self._interpolation(len(real)).to(real)))
+        posterior = self._posterior(torch.cat(points))
+        if posterior is None:
+            return points, [None] * len(points)
+        weights = list(posterior.split(len(real)))
+        if self.assignment == "hard":
+            weights[1] = F.one_hot(components, posterior.shape[1]).to(posterior)
+        return points, weights
 
     def _generator_loss(self, real: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         n = len(real)
         likelihood = self.likelihood if self.likelihood_weight else None
         log_prob, log_prior, fake, components = self.networks["model"](None if likelihood is None else real, n)
-        posterior = self._posterior(fake.detach())
-        if posterior is not None and self.assignment == "hard":
-            posterior = F.one_hot(components, posterior.shape[1]).to(posterior)
-        value = _mixed(self.networks["critic"](fake), posterior)
+        values = self.networks["critic"](fake)
+        own = F.one_hot(components, values.shape[1]) if self.assignment == "hard" else self._posterior(fake)
+        value = _mixed(values, own)
         if self.kind == "wasserstein":
             loss = -value.mean()
         else:
