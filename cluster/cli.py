@@ -14,7 +14,7 @@ import typer
 from rich.table import Table
 from typer.exceptions import TyperException
 
-from cluster import cli_jobs, cli_registry, cli_reproduce, cli_scores
+from cluster import cli_codes, cli_jobs, cli_registry, cli_reproduce, cli_scores
 from cluster.entry import leave_interrupted
 from cluster.terminal import RAY, TRACKING, out_console, print_fields, print_table
 from data.errors import UserError, io_error, one_line, printable
@@ -313,7 +313,8 @@ _JUDGING = (
     cli_scores.features,
 )
 _REGISTRY = (cli_registry.promote, cli_registry.card, cli_registry.serve)
-for command in (*_JUDGING, cli_reproduce.reproduce, *_REGISTRY):
+_CODES = (cli_codes.encode, cli_codes.decode, cli_codes.interpolate, cli_codes.codes, cli_codes.demonstrate)
+for command in (*_JUDGING, *_CODES, cli_reproduce.reproduce, *_REGISTRY):
     app.command()(command)
 app.command()(cli_jobs.submit)
 app.add_typer(cli_jobs.jobs, name="jobs")

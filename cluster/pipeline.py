@@ -113,8 +113,10 @@ def _training_sections(recipe: Recipe, trained: Trained) -> list[ReportSection]:
     steps, losses = zip(*history)
     unit = "step" if recipe.training.method == "sgd" else "pass over the data"
     noun, loss = recipe.model.noun.capitalize(), recipe.model.loss.capitalize()
-    curve = figures.training_curve(list(steps), list(losses), title=noun, label="loss (nats per sample)", unit=unit)
-    return [ReportSection("Training", "", [ReportFigure("Loss", curve, f"{loss} per sample.", "Loss")])]
+    label = f"loss ({recipe.model.loss_unit})" if recipe.model.loss_unit else "loss"
+    curve = figures.training_curve(list(steps), list(losses), title=noun, label=label, unit=unit)
+    caption = f"{loss} per sample." if recipe.model.loss_unit else f"{loss}."
+    return [ReportSection("Training", "", [ReportFigure("Loss", curve, caption, "Loss")])]
 
 
 def _summarise(recipe: Recipe, trained: Trained, registered: Registered, verdict: Verdict) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, get_args
 
 from pydantic import Discriminator, Tag
 
+from trainer.families.autoencoder import AutoencoderSettings
 from trainer.families.classifier import ClassifierSettings
 from trainer.families.flow import FlowSettings
 from trainer.families.gan import GANSettings
@@ -25,7 +26,8 @@ ModelSettings = Annotated[
     Annotated[MFASettings, Tag("mfa")]
     | Annotated[ClassifierSettings, Tag("classifier")]
     | Annotated[FlowSettings, Tag("flow")]
-    | Annotated[GANSettings, Tag("gan")],
+    | Annotated[GANSettings, Tag("gan")]
+    | Annotated[AutoencoderSettings, Tag("autoencoder")],
     Discriminator(_family, custom_error_type="unknown_family", custom_error_message="unknown family"),
 ]
 
