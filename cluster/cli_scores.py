@@ -136,7 +136,7 @@ def evaluate(
         ..., "--reference", help="the data to cover, in the same forms, or what `reference` left"
     ),
     per_sample: str = typer.Option(None, "--per-sample", help="folder for Parquet files: bin and distance"),
-    export_missing: str = typer.Option(None, "--export-missing", help="folder for REF's samples of the missing bins"),
+    export_missing: str = typer.Option(None, "--export-missing", help="folder for REF's samples of the bins that hold fewer SAMPLES"),
     *,
     given: dict[str, Any],
 ) -> None:
@@ -148,7 +148,7 @@ def evaluate(
         return
     result = row.evaluation.result
     table = Table("bin", "direction", "reference", "samples", "z", box=None, pad_edge=False)
-    for k in [k for k in result.by_evidence() if result.flagged[k]][:20]:
+    for k in [int(k) for k in result.by_evidence() if result.flagged[k]][:20]:
         shares = (f"{100 * part[k]:.2f} %" for part in (result.reference_proportions, result.sample_proportions))
         table.add_row(str(k), result.direction(k), *shares, f"{result.z[k]:+.1f}")
     if result.ndb:
@@ -458,14 +458,13 @@ def _export(
     if per_sample:
         write_per_sample(runner, row.samples, known.bins[0], neighbours_of(known), density, per_sample)
     if export:
-        result = row.evaluation.result
-        missing = [int(k) for k in result.by_evidence() if result.flagged[k] and result.direction(int(k)) == "missing"]
-        if not missing:
-            print("manymodes: no bin is missing: nothing is exported", file=sys.stderr)
+        fewer = row.evaluation.result.fewer()
+        if not fewer:
+            print("manymodes: no bin has fewer samples, none is missing: nothing is exported", file=sys.stderr)
             return
-        n, place = export_missing(runner, known, missing, export)
+        n, place = export_missing(runner, known, fewer, export)
         if not runner.stages.quiet:
-            print_fields(exported=f"{n:,} samples of {len(missing)} missing bins in {place}")
+            print_fields(exported=f"{n:,} samples of {len(fewer)} bins with fewer samples, or none, in {place}")
 
 
 def _print_scores(comparison: Comparison) -> None:

@@ -13,6 +13,7 @@ from eval.bins import Bins
 from eval.canvas import is_image
 from eval.comparison import Comparison, Row
 from eval.gallery import bins_gallery
+from eval.metrics.ndb import MISSING_SHARE
 from eval.reference import Reference, bin_members
 from eval.report import ReportFigure, ReportSection, ReportTable
 from eval.scores import Score
@@ -59,8 +60,7 @@ def report_sections(
     """
     reference, result = comparison.reference, row.evaluation.result
     bins = reference.bins[0]
-    missing = sum(result.direction(int(k)) == "missing" for k in np.flatnonzero(result.flagged))
-    found = f"{result.ndb} of {result.bins} bins differ from the reference, {missing} of them missing"
+    found = f"{result.ndb} of {result.bins} bins differ from the reference, {result.told()}"
     none = f"no bin of {result.bins} differs from the reference"
     cut = "by K-means" if bins.centres is not None else "by class"
     proportions = figures.binning_proportions([each.evaluation for each in comparison.rows])
@@ -193,7 +193,10 @@ def worst_bins(reference: Reference, bins: Bins, row: Row) -> ReportSection:
         result,
         name=row.name,
     )
-    order = "Missing modes first: what the reference has there, and what the samples put there."
+    order = (
+        "Bins with fewer samples first: what the reference has there, and what the samples put there. A bin is called "
+        f"missing where the samples' share is at most {MISSING_SHARE:.0%} of the reference's."
+    )
     close = "No bin is flagged; these come closest, whether they hold fewer samples or more."
     caption = "Centre, members of the reference, samples."
     return ReportSection(

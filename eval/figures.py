@@ -187,7 +187,7 @@ def _proportions(axes: Axes, result: NDBResult, top: float) -> None:
     axes.plot(x, values, color=canvas.INK, linewidth=0.4, alpha=0.6)
     inside = x[~result.flagged]
     axes.plot(inside, values[inside], color=canvas.INK, linestyle="", marker="o", markersize=size, label="model")
-    for direction, marker, sign in (("missing", "v", -1), ("over-represented", "^", 1)):
+    for direction, marker, sign in (("fewer", "v", -1), ("more", "^", 1)):
         marked = x[result.flagged & (np.sign(result.z) == sign)]
         (points,) = axes.plot(
             marked,
@@ -200,7 +200,7 @@ def _proportions(axes: Axes, result: NDBResult, top: float) -> None:
             markeredgewidth=0.6,
             clip_on=False,
             zorder=4,
-            label=f"flagged: {direction}",
+            label=f"differs: {direction}",
         )
         # Without points, an artist that is not clipped would stretch the layout down to the figure's corner.
         points.set_in_layout(False)

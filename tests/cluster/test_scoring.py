@@ -245,7 +245,7 @@ def test_results_per_sample_and_the_missing_bins(sets):
     assert min(rows["distance"]) >= 0
     assert all(key.startswith("train/") for key in rows["nearest_in_subset"])
     assert set(rows["label"]) == {None}
-    missing = [e for e in result["per_bin"] if e["flagged"] and e["direction"] == "missing"]
+    missing = [e for e in result["per_bin"] if e["direction"] in ("missing", "fewer")]
     listed = pq.read_table("missing/missing.parquet").to_pydict()
     packed = open_partitions("missing/shards", split="train")
     assert missing
