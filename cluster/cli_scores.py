@@ -390,6 +390,7 @@ def _compare(samples: list[str], given: dict[str, Any]) -> Comparison:
     from cluster.densities import DensityOption
     from cluster.progress import Stages
     from cluster.scoring import held_out_of, is_reference, open_set, reference_of, running, score_sets
+    from cluster.shapes import in_shape
     from data import storage
     from eval.evaluate import Rule
     from eval.stored import check_lasting
@@ -418,7 +419,13 @@ def _compare(samples: list[str], given: dict[str, Any]) -> Comparison:
                 density.model()  # what is no density is refused before anything starts
             for opened in sets.values() if given["store"] else ():
                 check_lasting(opened)
-        fitted, partitions = reference_of(runner, given["reference"], known, options)
+
+        def check(shape: tuple[int, ...]) -> None:
+            nonlocal held
+            sets.update({name: in_shape(opened, shape) for name, opened in sets.items()})
+            held = None if held is None else in_shape(held, shape)
+
+        fitted, partitions = reference_of(runner, given["reference"], known, options, check)
         if searched and held is None and partitions is not None:
             held = held_out_of(given["reference"], known, partitions)
         scores = options.scores

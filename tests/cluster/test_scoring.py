@@ -175,6 +175,28 @@ def test_one_yardstick_for_many_evaluations(sets):
     assert "different bins" in str(refused.exception)
 
 
+def test_shapes_are_matched_or_refused_with_the_remedy_before_anything_is_fitted(sets, monkeypatch):
+    x = np.load("same.npy")
+    np.save("bare.npy", x[..., 0])
+    for reference in ("known.npz", "ref"):
+        run("reference", "known.npz", "--out", "ref", *FEW)
+        same, bare = (
+            json.loads(run("evaluate", name, "--reference", reference, *FEW, "--json").stdout)
+            for name in ("same.npy", "bare.npy")
+        )
+        assert bare["per_bin"] == same["per_bin"]
+        assert bare["protocol"]["samples_reshaped_from"] == [8, 8]
+    back = run("evaluate", "same.npy", "--reference", "bare.npy", *FEW)
+    assert back.exit_code == 0, back.exception
+    np.save("flat.npy", x.reshape(500, 64))
+    np.save("colour.npy", np.random.default_rng(0).random((50, 32, 32, 3)).astype(np.float32))
+    monkeypatch.setattr("cluster.scoring.fit_reference", None)
+    refused = str(run("evaluate", "flat.npy", "--reference", "known.npz", *FEW).exception)
+    assert "[n, 64], but the reference is [n, 8, 8, 1]: save them as x.reshape(-1, 8, 8, 1)" in refused
+    for place in ("known.npz", "ref"):
+        assert "give --size 8 --grey, " in str(run("evaluate", "colour.npy", "--reference", place, *FEW).exception)
+
+
 def test_several_numbers_of_bins_and_a_report_in_one_call(sets):
     found = run(
         *("compare", "same.npy", "part.npy", "--reference", "known.npz", "--bins", "5,10,15", "--n-init", 1),
