@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 if TYPE_CHECKING:
     from eval.report import ReportTable
@@ -20,11 +20,16 @@ TRACKING = typer.Option(None, "--tracking-uri", help="MLflow; default MLFLOW_TRA
 
 
 def print_table(table: ReportTable) -> None:
-    """A report's table on the terminal, its note below."""
-    shown = Table(*table.columns, box=None, pad_edge=False, title=table.title, title_justify="left")
-    for row in table.cells():
+    """A report's table on the terminal; below it the details of its rows, and its note."""
+    columns = [Column(name, overflow="fold") for name in table.columns]  # never cut, as names are told apart by ends
+    shown = Table(*columns, box=None, pad_edge=False, title=table.title, title_justify="left")
+    cells = table.cells()
+    for row in cells:
         shown.add_row(*row)
     out_console.print(shown)
+    for number, row in enumerate(cells):
+        if table.detail(number):
+            out_console.print(f"{row[0]}: {table.detail(number)}", style="dim", highlight=False)
     out_console.print(table.note, style="dim")
 
 

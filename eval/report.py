@@ -16,16 +16,24 @@ _NUMBER = re.compile(r"^[+\-−±<>≤≥~ ]*\d[\d.,eE+\-−±%/ ]*( ?[a-zA-Zµ%
 
 @dataclass(frozen=True)
 class ReportTable:
-    """A table: column headings, rows of text or numbers (None is shown as a dash), and a line of small print."""
+    """A table: column headings, rows of text or numbers (None is shown as a dash), and small print.
+
+    `details` has a line for each row, which is shown muted below it ("" for none); `note` stands below the table.
+    """
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str | float | None]]
     note: str = ""
+    details: Sequence[str] = ()
 
     def cells(self) -> list[list[str]]:
         """Rows as text: whole numbers with thousands separated, others to four significant digits."""
         return [[_spelled(cell) for cell in row] for row in self.rows]
+
+    def detail(self, row: int) -> str:
+        """The line below a row."""
+        return self.details[row] if self.details else ""
 
     def numeric(self) -> list[bool]:
         """Whether a column holds only numbers, which are aligned at the right."""

@@ -149,10 +149,10 @@ class NDBResult:
         return [int(k) for k in self.by_evidence() if self.flagged[k] and self.z[k] < 0]
 
     def told(self) -> str:
-        """How many bins differ in which way: "1 missing, 2 with fewer and 4 with more samples"."""
+        """How many bins differ in which way: "1 missing, 2 with fewer samples, 4 with more"."""
         directions = [self.direction(int(k)) for k in np.flatnonzero(self.flagged)]
-        missing, fewer, more = (directions.count(name) for name in ("missing", "fewer", "more"))
-        return f"{missing} missing, {fewer} with fewer and {more} with more samples"
+        words = {"missing": "missing", "fewer": "with fewer samples", "more": "with more"}
+        return ", ".join(f"{n} {words[name]}" for name in words if (n := directions.count(name)))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe: the scores, the rule, and every bin with its direction, strongest evidence first."""

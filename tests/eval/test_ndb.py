@@ -88,7 +88,7 @@ def test_a_bin_is_missing_where_it_is_all_but_empty_and_without_direction_where_
     thinner = score(reference, np.array([200, 100, 1460, 2000, 3100]), z_threshold=3.0)
     assert [thinner.direction(k) for k in range(2)] == ["fewer", "missing"]
     assert thinner.fewer() == [1, 0]
-    assert thinner.told() == "1 missing, 1 with fewer and 2 with more samples"
+    assert thinner.told() == "1 missing, 1 with fewer samples, 2 with more"
     # z = -1.3 is no finding.
     assert {row["direction"] for row in score(reference, reference + [9, -60, 9, 9, 9]).to_dict()["per_bin"]} == {"equal"}
 
