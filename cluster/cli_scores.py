@@ -211,6 +211,7 @@ def reference(
     with running(_looking(given), Stages()) as runner:
         fitted, _ = reference_of(runner, reference, known, _options(given))
         fitted.save(place)
+    _warn(reference, fitted.facts.get("reference_reach"))
     for each in fitted.bins:
         print_fields(bins=f"{len(each.counts)} over {each.n_reference:,} samples, fingerprint {each.fingerprint}")
     print_fields(reference=place)
@@ -329,6 +330,7 @@ def study(
     found.save(place, {name: round(value, 3) for name, value in stages.seconds.items()})
     print_table(found.table())
     print_table(found.class_table())
+    out_console.print(found.finding())
     print_fields(**{name: storage.join(place, f"study.{name}") for name in ("html", "png", "json")})
 
 
@@ -444,12 +446,17 @@ def _compare(samples: list[str], given: dict[str, Any]) -> Comparison:
             density=density,
         )
         _export(runner, comparison, given.get("per_sample"), given.get("export_missing"), density)
+    _warn(given["reference"], fitted.facts.get("reference_reach"))
     for row in comparison.rows:
-        if row.evaluation.warning:
-            print(f"manymodes: warning: {row.name}: {row.evaluation.warning}", file=sys.stderr)
+        _warn(row.name, row.evaluation.warning)
     if given["report"]:
         _write_report(given["report"], comparison, {name: round(value, 3) for name, value in stages.seconds.items()})
     return comparison
+
+
+def _warn(name: str, warning: str | None) -> None:
+    if warning:
+        print(f"manymodes: warning: {name}: {warning}", file=sys.stderr)
 
 
 def _export(

@@ -197,6 +197,20 @@ def test_shapes_are_matched_or_refused_with_the_remedy_before_anything_is_fitted
         assert "give --size 8 --grey, " in str(run("evaluate", "colour.npy", "--reference", place, *FEW).exception)
 
 
+def test_a_warning_where_pixels_use_little_of_their_range(sets):
+    rng = np.random.default_rng(0)
+    np.save("dim.npy", rng.integers(0, 17, (400, 8, 8)).astype(np.uint8))
+    np.save("float.npy", (rng.integers(0, 17, (400, 8, 8)) / 255).astype(np.float32))
+    found = run("evaluate", "dim.npy", "--reference", "dim.npy", *FEW, "--json")
+    told = "values reach only 16 of 255, by which they are divided: if 16 is meant to be white"
+    assert found.stderr.count(f"warning: dim.npy: {told}") == 2
+    protocol = json.loads(found.stdout)["protocol"]
+    assert protocol["samples_reach"].startswith(told)
+    assert protocol["reference_reach"].startswith(told)
+    found = run("evaluate", "float.npy", "--reference", "float.npy", *FEW, "--json")
+    assert "reach" not in found.stderr + found.stdout
+
+
 def test_several_numbers_of_bins_and_a_report_in_one_call(sets):
     found = run(
         *("compare", "same.npy", "part.npy", "--reference", "known.npz", "--bins", "5,10,15", "--n-init", 1),
