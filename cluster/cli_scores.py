@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.table import Table
 
-from cluster.terminal import RAY, TRACKING, out_console, print_fields, print_table
+from cluster.terminal import PLACES, RAY, TRACKING, out_console, print_fields, print_table
 from data.errors import UserError
 from data.limits import MAX_DRAWN, MAX_SEED, MAX_SIDE
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from eval.comparison import Comparison
     from eval.evaluate import Rule
 
-PLACES = "shards, a folder of images, a .npy/.npz file, models:/NAME@ALIAS or a run"
+EXTRACTORS = "pixels, inception:FILE, torchscript:FILE, onnx:FILE, module:FILE.py:NAME or classifier:MODEL"
 # Options that several commands share, by the name of their parameter; `_shared` gives them to a command.
 _OPTIONS: dict[str, tuple[type, Any]] = {
     "bins": (str, typer.Option("100", "--bins", help="K-means bins, as 100 or 100,200,300; or `labels`: the classes")),
@@ -33,7 +33,10 @@ _OPTIONS: dict[str, tuple[type, Any]] = {
     "scores": (
         str,
         typer.Option(
-            "all", "--scores", help="all, none, or some of fid,kid,manifold,transport,sharpness,classes,memorisation"
+            "all",
+            "--scores",
+            help="all, none, or some with commas between: fid, kid, manifold, transport, sharpness, classes, "
+            "memorisation",
         ),
     ),
     "features": (
@@ -41,7 +44,7 @@ _OPTIONS: dict[str, tuple[type, Any]] = {
         typer.Option(
             "pixels",
             "--features",
-            help="pixels, inception:FILE, torchscript:FILE, onnx:FILE, module:FILE.py:NAME or classifier:MODEL",
+            help=EXTRACTORS,
         ),
     ),
     "classifier": (
@@ -136,7 +139,9 @@ def evaluate(
         ..., "--reference", help="the data to cover, in the same forms, or what `reference` left"
     ),
     per_sample: str = typer.Option(None, "--per-sample", help="folder for Parquet files: bin and distance"),
-    export_missing: str = typer.Option(None, "--export-missing", help="folder for REF's samples of the bins that hold fewer SAMPLES"),
+    export_missing: str = typer.Option(
+        None, "--export-missing", help="folder for REF's samples of the bins that hold fewer SAMPLES"
+    ),
     *,
     given: dict[str, Any],
 ) -> None:
@@ -262,7 +267,7 @@ def watch(
 @_shared("classifier", *_READ, *_RUN)
 def features(
     place: str = typer.Argument(help=PLACES),
-    features: str = typer.Option(..., "--features", help="as for `evaluate`"),
+    features: str = typer.Option(..., "--features", help=EXTRACTORS),
     out: str = typer.Option(..., "--out", help="folder or URL for the pack of vectors"),
     split: str = typer.Option("test", "--split", help="splits of PLACE, as test or train,test"),
     *,
@@ -297,12 +302,13 @@ def study(
     scores: str = typer.Option(
         "all",
         "--scores",
-        help="all, or some of ndb,ndb_holm,ndb_bh,js,fid,kid,precision,recall,density,coverage,sliced",
+        help="all, or some with commas between: ndb, ndb_holm, ndb_bh, js, fid, kid, precision, recall, density, "
+        "coverage, sliced",
     ),
     by_class: str = typer.Option(
         None, "--by-class", help="the score that is also shown class by class (default: ndb_holm)"
     ),
-    split: str = typer.Option("test", "--split", help="split of REFERENCE, where it has splits"),
+    split: str = typer.Option("test", "--split", help="split of REF, where it has splits"),
     *,
     given: dict[str, Any],
 ) -> None:

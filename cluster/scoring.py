@@ -14,6 +14,7 @@ from cluster.densities import DensityOption, likelihood_scores, log_likelihood
 from cluster.extractors import open_extractor
 from cluster.models import model_folder, open_model
 from cluster.progress import Stages
+from cluster.terminal import PLACES
 from data import storage
 from data.errors import UserError
 from data.partitions import Partitions, open_partitions
@@ -80,6 +81,9 @@ def open_set(place: str, taking: Taking) -> Partitions:
         UserError: nothing usable there, or samples that are not of the asked size and colours and cannot be made so.
     """
     if not place.startswith("models:") and model_folder(place) is None:
+        # Shards may have braces in their names, and are looked for where they are opened.
+        if not (is_spec(place) or place.endswith(".tar") or storage.exists(storage.check_url(place))):
+            raise UserError(f"{place}: nothing is there: check the path, or give {PLACES}")
         found = open_partitions(place, split=taking.split, size=taking.size, grey=taking.grey)
         taking.require(place, found.shape)
         return found

@@ -111,11 +111,12 @@ class Study:
         if 1 / splits > level:
             return (
                 f"{splits} splits only demonstrate the study and name no best score: one false alarm in them is a rate "
-                f"of {1 / splits:.2f} already, where {level:.3g} is allowed. Take at least {math.ceil(1 / level)} splits."
+                f"of {1 / splits:.2f} already, where {level:.3g} is allowed. Take at least {math.ceil(1 / level)} "
+                "splits."
             )
         loud = [name for name, power in self.powers.items() if power.miscalibrated]
         told = ", ".join(f"{MEASURES[name].label} ({self.powers[name].false_alarms:.2f})" for name in loud)
-        loud_words = f" Miscalibrated, and left out of this: {told}, which untouched samples alarm too often." if loud else ""
+        left_out = f" Miscalibrated, and left out of this: {told}, which untouched samples alarm too often."
         if len(loud) == len(self.powers):
             return f"No score keeps to the allowed rate of false alarms, {level:.3g}: {told}."
         # One share alone may favour a score whose threshold was lucky.
@@ -127,8 +128,8 @@ class Study:
         )
         false = _pm(power.false_alarms, power.false_alarm_error)
         return (
-            f"The score that notices most often is {MEASURES[best].label}: {rates}; untouched samples alarm it at a rate "
-            f"of {false}, where {power.nominal:.3g} is allowed.{loud_words}"
+            f"The score that notices most often is {MEASURES[best].label}: {rates}; untouched samples alarm it at a "
+            f"rate of {false}, where {power.nominal:.3g} is allowed.{left_out if loud else ''}"
         )
 
     def save(self, folder: str, seconds: dict[str, float]) -> None:

@@ -101,6 +101,12 @@ def binning_proportions(results: Sequence[Evaluation], title: str = "Binning pro
     return canvas.png(figure)
 
 
+_COMPONENTS_LEGEND = (
+    "μ: mean of the component.  A: loading of one factor, a column each; a step of one standard deviation along it "
+    "adds A to μ.  π: share of the component."
+)
+
+
 def components(
     means: np.ndarray,
     noise_std: np.ndarray,
@@ -139,6 +145,7 @@ def components(
         axes.set_title(f"component {k}, π = {mixing[k]:.3g}", loc="left", fontsize=9, color=canvas.INK)
     scaled = f"noise shown relative to {brightest:.2g}" if images else "band: noise, thin: factors"
     canvas.heading(figure, f"The {len(chosen)} largest of {len(means)} components ({scaled})")
+    figure.supxlabel(_COMPONENTS_LEGEND, fontsize=8, color=canvas.MUTED)
     return canvas.png(figure)
 
 
