@@ -139,7 +139,9 @@ def _pictures(model: Any, data: dict[str, Any]) -> list[ReportSection]:
             samples = model.sample(_SHOWN, torch.Generator().manual_seed(0)).reshape(_SHOWN, *shape).numpy()
         picture = figures.sample_grid(samples, 8, 8)
         caption = f"The first {_SHOWN} of seed 0, not chosen."
-        sections.append(ReportSection("Samples", "", [ReportFigure("Samples", picture, caption, "Samples")]))
+        sections.append(
+            ReportSection("Samples", "", [ReportFigure("Samples", picture, caption, "Samples")], beside=True)
+        )
     components = mixture_figures.components_of(model, shape)
     if components is not None:
         figure = ReportFigure("Components", components, "Mean μ, noise, and μ ± A for each factor.", "Components")
