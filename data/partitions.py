@@ -368,7 +368,7 @@ class ReshapedPartitions(Partitions):
     """The same samples in another shape of as many values, such as [h, w] with a channel axis: [h, w, 1]."""
 
     def __init__(self, inner: Partitions, shape: tuple[int, ...]) -> None:
-        vars(self).update({name: value for name, value in vars(inner).items() if name in Partitions.__annotations__})
+        vars(self).update({name: getattr(inner, name) for name in Partitions.__annotations__})
         self.inner, self.shape = inner, shape
         self.keys = [f"{key} {shape}" for key in inner.keys]
         self.facts = {**inner.facts, "reshaped_from": list(inner.shape)}
