@@ -317,7 +317,7 @@ def test_what_cannot_be_done_is_refused_before_the_samples_are_read(sets, monkey
         "evaluate", "known.npz", "--reference", "known.npz", *FEW, "--export-missing", "out", "--report", "r.html"
     )
     assert whole.exit_code == 0, whole.exception
-    assert "no bin is missing" in whole.output
+    assert "none is missing: nothing is exported" in whole.output
     assert (sets / "r.html").exists()
 
 
