@@ -95,7 +95,8 @@ def _write_report(recipe: Recipe, trained: Trained, verdict: Verdict, registered
         "mlflow_run": trained.run_id,
     }
     seconds = [[stage, f"{value:.1f}"] for stage, value in trained.stages.seconds.items()]
-    timing = ReportTable("Stages", ["stage", "seconds"], seconds)
+    note = "On the terminal the bar of a training counts the start and stop of its workers, which is told apart here."
+    timing = ReportTable("Stages", ["stage", "seconds"], seconds, note)
     sections = verdict.sections() + _training_sections(recipe, trained)
     html = render_report(f"manymodes: {recipe.name}", verdict.table, sections, protocol, timing, verdict.lead)
     storage.write_text(storage.join(trained.folder, "report.html"), html)
