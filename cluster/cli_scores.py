@@ -159,15 +159,25 @@ def evaluate(
     if result.ndb:
         out_console.print(table)
     _print_scores(comparison)
+    floor = result.js_floor
     print_fields(
         NDB=f"{result.ndb} of {result.bins} bins differ ({result.threshold}; {result.expected_by_chance:.1f} expected "
         f"by chance), NDB/K {result.ndb_over_k:.3f}",
-        JS=f"{result.js:.5f} nats",
+        Holm=_verdict(result),
+        JS=f"{result.js:.5f} nats, {'above' if result.js > floor.quantile else 'within'} chance: two sets of one "
+        f"distribution have {floor.mean:.5f}, in 95 of 100 cases at most {floor.quantile:.5f}",
         samples=f"{result.n_samples:,} of {samples}",
         reference=f"{result.n_reference:,} of {reference}",
         scale=row.evaluation.protocol["scale"],
         **({"report": given["report"]} if given["report"] else {}),
     )
+
+
+def _verdict(result: Any) -> str:
+    """What is left of the differing bins after Holm's correction, in words."""
+    if not result.ndb_holm:
+        return "0 bins differ after correction for all of them: no mode is shown to be missing or repeated"
+    return f"{result.ndb_holm} bins differ after correction for all of them: modes that are missed or repeated"
 
 
 @_shared(*_JUDGE)
@@ -210,8 +220,11 @@ def reference(
     from cluster.progress import Stages
     from cluster.scoring import reference_of, running
     from data import storage
+    from eval.reference import REFERENCE
 
     place = storage.check_url(out)
+    if storage.exists(storage.join(place, REFERENCE)):
+        raise UserError(f"{out}: a reference is there already: give another folder, or remove it")
     known = _taking(given, given["reference_split"], 1)
     with running(_looking(given), Stages()) as runner:
         fitted, _ = reference_of(runner, reference, known, _options(given))

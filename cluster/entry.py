@@ -8,6 +8,12 @@ import sys
 import threading
 from typing import Any, NoReturn
 
+_RESUMED = "the same command goes on where it stopped"
+_AFTERWARDS = {
+    **dict.fromkeys(("run", "train", "reproduce"), _RESUMED),
+    "submit": "a job that was submitted goes on: `manymodes jobs list` names it",
+}
+
 
 def main() -> None:
     """Runs the command line; an interruption, however early, is one line and exit code 130."""
@@ -39,7 +45,8 @@ def prepare() -> None:
 
 def leave_interrupted() -> NoReturn:
     """Says so in one line and ends with the shell's code for it."""
-    print("manymodes: interrupted; the same command goes on where it stopped", file=sys.stderr)
+    command = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), "")
+    print("; ".join(filter(None, ("manymodes: interrupted", _AFTERWARDS.get(command)))), file=sys.stderr)
     sys.exit(130)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,7 @@ from cluster.questions import check_places
 from cluster.scoring import Runner
 from data import kmeans, storage
 from data.errors import UserError
-from data.manifest import Manifest, Origin, SplitRecord, save_manifest
+from data.manifest import MANIFEST, Manifest, Origin, SplitRecord, save_manifest
 from data.members import Block, block_rows
 from data.partitions import Partitions, Piece
 from data.pixels import scale
@@ -29,6 +31,9 @@ from eval.reference import Reference
 
 _SHARD_BYTES = 64 << 20
 MISSING_SPLIT = "train"
+_PART, _SHARD = re.compile(r"part-\d{6}\.parquet"), re.compile(MISSING_SPLIT + r"-\d{6}\.tar")
+# Readers of a folder of Parquet files pass over names that begin so.
+_WHOLE = "_per-sample.json"
 
 
 @dataclass(frozen=True)
@@ -64,10 +69,23 @@ def check_exports(per_sample: str | None, export: str | None) -> None:
     """
     places = [storage.check_url(folder) for folder in (per_sample, export) if folder is not None]
     check_places(*(Path(place) / "a file" for place in places if storage.is_local(place)))
-    if per_sample is not None and any(name.endswith(".parquet") for name in storage.names(places[0])):
+    if per_sample is not None and _kept(places[0], _PART, _WHOLE, ".parquet"):
         raise UserError(f"{per_sample}: Parquet files are there already: choose another folder, or remove them")
-    if export is not None and storage.names(storage.join(places[-1], "shards")):
+    if export is not None and _kept(storage.join(places[-1], "shards"), _SHARD, MANIFEST):
         raise UserError(f"{places[-1]}/shards: files are there already: choose another folder, or remove them")
+
+
+def _kept(folder: str, own: re.Pattern[str], whole: str, ending: str = "") -> bool:
+    """Whether a folder has files that must stay: those of a finished export, or of somebody else."""
+    names = [name for name in storage.names(folder) if name.endswith(ending) or name == whole]
+    return whole in names or not all(own.fullmatch(name) for name in names)
+
+
+def _clear_killed(folder: str, own: re.Pattern[str]) -> None:
+    """Removes what an export that was killed has left: parts without the mark that comes last."""
+    for name in storage.names(folder):
+        if own.fullmatch(name):
+            storage.remove(storage.join(folder, name))
 
 
 def write_per_sample(
@@ -80,6 +98,8 @@ def write_per_sample(
 ) -> int:
     """Writes `part-000000.parquet` ... with one row per sample, and returns the number of rows.
 
+    `_per-sample.json` is written last: parts without it are of an export that was killed, and are written again.
+
     Columns: `key` (the shard's sample key), `bin`, `distance` (to the bin's centre, in the features' units; null for
     given classes), `label` (null where there is none). Where `neighbours` are given, `nearest_in_subset` and
     `nearest_in_subset_distance`: the nearest of those reference samples, a random subset of the reference, and not
@@ -91,12 +111,15 @@ def write_per_sample(
     """
     check_exports(folder, None)
     place = storage.check_url(folder)
+    _clear_killed(place, _PART)
     with runner.stages.stage("per-sample results", unit="samples") as advance:
         done = 0
         look = _Look(bins.without_pictures(), neighbours, density)
         for rows in runner.map(_write_part, partitions, look, place):
             done += rows
             advance(done, total=partitions.n)
+        facts = {"samples": done, "bins": bins.fingerprint, "of": partitions.name}
+        storage.write_text(storage.join(place, _WHOLE), json.dumps(facts, indent=1))
     return done
 
 
@@ -147,6 +170,7 @@ def export_missing(runner: Runner, reference: Reference, missing: Sequence[int],
         raise UserError("the reference's samples are not at hand: name the data itself by --reference")
     check_exports(None, folder)
     place = storage.join(storage.check_url(folder), "shards")
+    _clear_killed(place, _SHARD)
     keys: list[str] = []
     numbers: list[int] = []
 

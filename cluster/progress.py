@@ -19,6 +19,10 @@ from rich.text import Text
 console = Console(stderr=True, markup=False, emoji=False, width=None if sys.stderr and sys.stderr.isatty() else 140)
 
 
+# Between two lines about a stage, where nobody's terminal shows its bar.
+_TELL_SECONDS = 15.0
+
+
 class _RateColumn(ProgressColumn):
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
@@ -54,14 +58,41 @@ class Stages:
                 if text is not None:
                     bar.update(task, text=text)
 
-            try:
-                yield advance
-            except BaseException:
-                bar.update(task, visible=False)  # the error's line says what there is to say
-                raise
+            with _told(bar, silent=self.quiet or console.is_terminal):
+                try:
+                    yield advance
+                except BaseException:
+                    bar.update(task, visible=False)  # the error's line says what there is to say
+                    raise
             known = bar.tasks[0].total
             bar.update(task, completed=known if known is not None else 1, total=known if known is not None else 1)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+
+
+@contextlib.contextmanager
+def _told(bar: Progress, *, silent: bool) -> Iterator[None]:
+    """In a log, where a bar shows at its end alone, says how far the stage is from time to time."""
+    if silent:
+        yield
+        return
+    over = threading.Event()
+
+    def tell() -> None:
+        while not over.wait(_TELL_SECONDS):
+            task = bar.tasks[0]
+            done = f"{task.completed:,.0f}" + (f" of {task.total:,.0f}" if task.total else "")
+            left = f", {task.time_remaining:,.0f} s left" if task.time_remaining else ""
+            rate = _RateColumn().render(task).plain
+            words = ", ".join(filter(None, (f"{done} {task.fields['unit']}", rate, f"{task.elapsed or 0:,.0f} s")))
+            console.print(f"{task.description}: {words}{left}  {task.fields['text']}".rstrip(), highlight=False)
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(timeout=2)
 
 
 class _Board:

@@ -13,10 +13,12 @@ from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from cluster.models import LocalClassifier, LocalModel, open_model
 from cluster.progress import Stages
 from cluster.questions import samples_for
+from cluster.recipe import RegistrySettings
 from cluster.scoring import Looking, ReferenceOptions, Taking, is_reference, open_set, reference_of, running, score_sets
 from data import storage
 from data.errors import UserError
@@ -98,6 +100,12 @@ def promote(
     uri, stages = resolve_uri(tracking_uri), stages or Stages()
     if source == target:
         raise UserError(f"--from and --to are both {source}: name two aliases")
+    try:
+        RegistrySettings(alias=target)
+    except ValidationError as error:
+        raise UserError(
+            f"--to {target!r} cannot be an alias: letters, digits, _ and -, no latest, v1, v2, ..."
+        ) from error
     candidate = find_entry(name, uri, source)
     if candidate is None:
         raise UserError(f"{name} has no version with the alias {source}: give --from another alias, or train one")

@@ -180,11 +180,11 @@ def point_alias(entry: Entry, alias: str, tracking_uri: str, *, tags: Mapping[st
     """
     with mlflow_errors(tracking_uri):
         client = mlflow_client(tracking_uri)
-        for key, value in tags.items():
-            client.set_model_version_tag(entry.name, str(entry.version), key, value)
         now = find_entry(entry.name, tracking_uri, alias)
         if (None if now is None else now.version) != over:
             raise UserError(f"{entry.name}@{alias} has been moved in the meantime: call again, to compare with it")
+        for key, value in tags.items():
+            client.set_model_version_tag(entry.name, str(entry.version), key, value)
         client.set_registered_model_alias(entry.name, alias, str(entry.version))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import math
@@ -87,9 +88,11 @@ def save_model(
         "fingerprint": manifest.fingerprint,
     }
     tensors: dict[str, Tensor] = {name: v.detach().cpu().contiguous() for name, v in model.state_dict().items()}
+    weights = save_tensors(tensors)
     with storage.publish(storage.join(folder, "weights.safetensors")) as handle:
-        handle.write(save_tensors(tensors))
+        handle.write(weights)
     document = {"format": FORMAT, "family": family, "arguments": model.config, "data": data}
+    document["weights_sha256"] = hashlib.sha256(weights).hexdigest()
     if scores is not None:
         document["scores"] = dict(scores)
     storage.write_text(storage.join(folder, "model.json"), json.dumps(document, indent=1))
@@ -114,9 +117,13 @@ def load_model(folder: str) -> tuple[Any, dict[str, Any]]:
     document = _read_json(storage.join(base, "model.json"))
     if document.get("format") != FORMAT:
         raise UserError(f"model {folder}: format {document.get('format')!r} is not known; use the version that made it")
+    weights = storage.join(base, "weights.safetensors")
+    known = document.get("weights_sha256")  # models of earlier versions do not tell
+    if known is not None and storage.sha256(weights) != known:
+        raise UserError(f"model {folder}: the weights are damaged (another checksum): copy it again, or train it again")
     try:
         model = model_class(document["family"])(**document["arguments"])
-        model.load_state_dict(_read_tensors(storage.join(base, "weights.safetensors")))
+        model.load_state_dict(_read_tensors(weights))
         _check_model(model, document["data"])
     except (LookupError, ImportError, AttributeError, TypeError, ValueError, RuntimeError, MemoryError) as error:
         raise UserError(f"model {folder}: cannot be loaded ({one_line(error)}); train it again") from error

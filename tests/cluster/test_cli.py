@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cluster import progress
+from cluster.entry import leave_interrupted
 from data import storage
 from data.manifest import Manifest, Origin, SplitRecord, save_manifest
 from data.shards import write_shard
@@ -407,12 +409,37 @@ except KeyboardInterrupt:
 """
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "digits"], "; the same command goes on where it stopped"),
+        (["evaluate", "run"], ""),
+        (["submit", "digits"], "; a job that was submitted goes on: `manymodes jobs list` names it"),
+    ],
+)
+def test_an_interruption_says_what_comes_of_it(arguments, words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["manymodes", *arguments])
+    with pytest.raises(SystemExit):
+        leave_interrupted()
+    assert capsys.readouterr().err == f"manymodes: interrupted{words}\n"
+
+
+def test_a_log_is_told_how_far_a_stage_is(monkeypatch, capfd):
+    monkeypatch.setattr(progress, "_TELL_SECONDS", 0.05)
+    with progress.Stages().stage("train", total=10, unit="steps") as advance:
+        advance(4, text="loss 1.5")
+        time.sleep(0.5)
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("train: 4 of 10 steps")]
+    assert lines
+    assert lines[-1].endswith("loss 1.5")
+
+
 def test_sigterm_ends_a_job_that_runs_ray(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", RAY_THEN_SIGTERM], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 130, done.stderr
-    assert done.stderr.splitlines() == ["manymodes: interrupted; the same command goes on where it stopped"]
+    assert done.stderr.splitlines() == ["manymodes: interrupted"]
 
 
 @pytest.mark.parametrize(

@@ -290,13 +290,25 @@ def test_results_per_sample_and_the_missing_bins(sets):
     assert "choose another folder" in str(
         run("evaluate", "part.npy", "--reference", "known.npz", *FEW, "--per-sample", "rows").exception
     )
+    # What was killed before its end is begun again.
+    (sets / "rows" / "_per-sample.json").unlink()
+    (sets / "rows" / "part-000000.parquet").write_bytes(b"half")
+    (sets / "missing" / "shards" / "manifest.json").unlink()
+    again = run(
+        *("evaluate", "part.npy", "--reference", "known.npz", "--bins", 10, "--n-init", 1, "--scores", "manifold"),
+        *("--subsample", 300, "--per-sample", "rows", "--export-missing", "missing", "--json"),
+    )
+    assert again.exit_code == 0, again.exception
+    assert pq.read_table("rows").to_pydict() == rows
+    assert open_partitions("missing/shards", split="train").n == packed.n
 
 
 def test_what_cannot_be_done_is_refused_before_the_samples_are_read(sets, monkeypatch):
     """Scores that took hours must not be lost for the place of a file."""
     run("reference", "known.npz", "--out", "ref", *FEW)
+    assert "a reference is there already" in str(run("reference", "same.npy", "--out", "ref", *FEW).exception)
     (sets / "rows").mkdir()
-    (sets / "rows" / "part-000000.parquet").touch()
+    (sets / "rows" / "_per-sample.json").touch()
     (sets / "folder").mkdir()
     with monkeypatch.context() as patched:
         patched.setattr("cluster.scoring.open_set", lambda *_: pytest.fail("samples were opened"))

@@ -56,6 +56,9 @@ def test_weights_that_are_not_finite(stored, value):
     weights = load_file(stored / "weights.safetensors")
     weights["mixing_logits"][1] = value
     save_file(weights, stored / "weights.safetensors")
+    document = json.loads((stored / "model.json").read_text())
+    del document["weights_sha256"]  # as it was before there was a checksum
+    (stored / "model.json").write_text(json.dumps(document))
     refused(stored, "mixing_logits holds NaN or infinite")
 
 
@@ -83,3 +86,11 @@ def test_any_seed_step_and_rank_make_a_seed_of_64_bits():
     for seed in (0, 2**32 - 1, 2**70):
         torch.manual_seed(_mix(seed, 10**9, 10**4))
     assert _mix(3, 5, 1) == (3 * 1_000_003 + 5) * 65_537 + 1
+
+
+def test_a_flipped_bit_in_the_weights(stored):
+    path = stored / "weights.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(bytes(content))
+    refused(stored, "checksum")
