@@ -100,7 +100,7 @@ def wasserstein_against_js() -> bytes:
     below.plot(shifts, divergence, color=canvas.VERMILLION, linewidth=2, label="JS(p, q), in nats")
     below.axvspan(-1, 1, color=canvas.FAINT, alpha=0.5, linewidth=0, label="p and q overlap")
     below.set_xlabel("shift τ", fontsize=9, color=canvas.MUTED)
-    for axes in (above, below):
-        axes.legend(fontsize=8.5, frameon=False, labelcolor=canvas.INK, loc="upper left")
+    for axes, place in ((above, "upper left"), (below, "upper center")):
+        axes.legend(fontsize=8.5, frameon=False, labelcolor=canvas.INK, loc=place)
     canvas.heading(figure, "Where two densities do not overlap, JS is flat and W₁ still points home")
     return canvas.png(figure)

@@ -32,7 +32,7 @@ from data.sources import open_source
 from trainer.checkpoint import save_model
 from trainer.fit import Fit, trained_tensors
 from trainer.loop import Callbacks
-from trainer.objectives.autoencoding import random_directions, sliced_wasserstein
+from trainer.objectives.regularisers import random_directions, sliced_wasserstein
 
 BATCH, PROJECTIONS = 500, 50
 

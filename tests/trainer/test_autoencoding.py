@@ -15,13 +15,11 @@ from trainer.families.autoencoder import AutoencoderSettings
 from trainer.loop import train
 from trainer.models.autoencoder import Autoencoder, Coded
 from trainer.models.classifier import Classifier
-from trainer.objectives import autoencoding
-from trainer.objectives.autoencoding import (
-    Autoencoding,
+from trainer.objectives import regularisers
+from trainer.objectives.autoencoding import Autoencoding, Reconstruction, feature_loss
+from trainer.objectives.regularisers import (
     KullbackLeibler,
     OverWorkers,
-    Reconstruction,
-    feature_loss,
     imq_mmd,
     power,
     random_directions,
@@ -89,7 +87,7 @@ def test_mmd_against_the_sums_of_its_definition():
     x, y, _ = sets(n=9, m=12, d=3)
 
     def k(u, v):
-        return sum(s * 1.7 / (s * 1.7 + ((u - v) ** 2).sum()) for s in autoencoding._IMQ_SCALES)
+        return sum(s * 1.7 / (s * 1.7 + ((u - v) ** 2).sum()) for s in regularisers._IMQ_SCALES)
 
     def within(z):
         return np.mean([k(a, b) for i, a in enumerate(z) for j, b in enumerate(z) if i != j])
@@ -203,7 +201,7 @@ def on_rank(rank, shards):
     x, y, directions = sets(n=40, m=60)
     share = x.detach()[rank::2].clone().requires_grad_()
     over = OverWorkers()
-    loss = over.scaled(autoencoding._sorted_cost(over.rows(share @ directions.T), y @ directions.T, power(2)))
+    loss = over.scaled(regularisers._sorted_cost(over.rows(share @ directions.T), y @ directions.T, power(2)))
     loss.backward()
     alone = OverWorkers(False)
     assert alone.world == 1

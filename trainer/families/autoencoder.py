@@ -205,6 +205,7 @@ class AutoencoderSettings(FamilySettings):
 
     def objective(self, model: Any, manifest: Manifest, training: TrainingSettings) -> Objective:
         from trainer.objectives import autoencoding as of
+        from trainer.objectives import regularisers
         from trainer.players import make_player
 
         r, features = self.regulariser, self.reconstruction.features
@@ -219,13 +220,13 @@ class AutoencoderSettings(FamilySettings):
             codes = manifest.model_copy(update={"shape": (self.n_latent,), "levels": None})
             critic = r.critic.player(model, codes, training, 1)
             return of.AdversarialAutoencoding(player, critic, model.prior, reconstruction, r.weight, **options)
-        workers = of.OverWorkers(r.global_batch)
-        regulariser: of.Regulariser | None = None
+        workers = regularisers.OverWorkers(r.global_batch)
+        regulariser: regularisers.Regulariser | None = None
         if r.kind == "sliced-wasserstein":
-            cost = of.power(r.power)
-            regulariser = of.SlicedWasserstein(model.prior, r.projections, r.prior_samples, cost, workers)
+            cost = regularisers.power(r.power)
+            regulariser = regularisers.SlicedWasserstein(model.prior, r.projections, r.prior_samples, cost, workers)
         elif r.kind == "mmd":
-            regulariser = of.MaximumMeanDiscrepancy(model.prior, workers)
+            regulariser = regularisers.MaximumMeanDiscrepancy(model.prior, workers)
         elif r.kind == "kl":
-            regulariser = of.KullbackLeibler()
+            regulariser = regularisers.KullbackLeibler()
         return of.Autoencoding(player, reconstruction, regulariser, r.weight, **options)
