@@ -12,7 +12,9 @@ from pydantic import Discriminator, Tag
 from trainer.families.classifier import ClassifierSettings
 from trainer.families.flow import FlowSettings
 from trainer.families.gan import GANSettings
+from trainer.families.latent_mixture import LatentMixtureSettings
 from trainer.families.mfa import MFASettings
+from trainer.families.responsibility import ResponsibilitySettings
 from trainer.settings import FamilySettings
 
 
@@ -25,7 +27,9 @@ ModelSettings = Annotated[
     Annotated[MFASettings, Tag("mfa")]
     | Annotated[ClassifierSettings, Tag("classifier")]
     | Annotated[FlowSettings, Tag("flow")]
-    | Annotated[GANSettings, Tag("gan")],
+    | Annotated[GANSettings, Tag("gan")]
+    | Annotated[LatentMixtureSettings, Tag("latent_mixture")]
+    | Annotated[ResponsibilitySettings, Tag("responsibility")],
     Discriminator(_family, custom_error_type="unknown_family", custom_error_message="unknown family"),
 ]
 
