@@ -14,9 +14,9 @@ import typer
 from rich.table import Table
 from typer.exceptions import TyperException
 
-from cluster import cli_jobs, cli_registry, cli_reproduce, cli_scores
+from cluster import cli_codes, cli_jobs, cli_registry, cli_reproduce, cli_scores
 from cluster.entry import leave_interrupted
-from cluster.terminal import RAY, TRACKING, out_console, print_fields, print_table
+from cluster.terminal import RAY, TRACKING, name_arguments, out_console, print_fields, print_table
 from data.errors import UserError, io_error, one_line, printable
 from data.limits import MAX_DRAWN, MAX_SEED
 
@@ -285,7 +285,10 @@ def inpaint(
         else:
             handle.write(questions.completion_sheet(found))
     error = float(np.square(found["mean"] - found["original"])[found["hidden"]].mean())
-    print_fields(completions=f"{len(found['original'])} samples in {out}", error=f"{error:.4g} (mean square)")
+    print_fields(
+        completions=f"{len(found['original'])} samples in {out}",
+        **{"error of the mean completion": f"{error:.4g} (mean square over what is hidden, on the model's scale)"},
+    )
 
 
 @app.command()
@@ -313,10 +316,14 @@ _JUDGING = (
     cli_scores.features,
 )
 _REGISTRY = (cli_registry.promote, cli_registry.card, cli_registry.serve)
-for command in (*_JUDGING, cli_reproduce.reproduce, *_REGISTRY):
+_CODES = (cli_codes.encode, cli_codes.decode, cli_codes.interpolate, cli_codes.codes, cli_codes.demonstrate)
+for command in (*_JUDGING, *_CODES, cli_reproduce.reproduce, *_REGISTRY):
     app.command()(command)
 app.command()(cli_jobs.submit)
 app.add_typer(cli_jobs.jobs, name="jobs")
+for registered in (*app.registered_commands, *cli_jobs.jobs.registered_commands):
+    if registered.callback is not None:
+        name_arguments(registered.callback)
 
 
 def main() -> None:

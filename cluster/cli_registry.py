@@ -19,7 +19,7 @@ def promote(
     reference: str = typer.Option(None, "--reference", help="what `reference` left; default: the champion's"),
     data: str = typer.Option(None, "--data", help="held-out data for likelihoods; default: the champion's"),
     split: str = typer.Option("test", "--split", help="split of DATA, where it has splits"),
-    features: str = typer.Option(None, "--features", help="what REFERENCE was fitted by; default: pixels"),
+    features: str = typer.Option(None, "--features", help="what REF was fitted by; default: pixels"),
     margin: float = typer.Option(0.0, "--margin", min=0, help="nats of likelihood that may be lost beyond chance"),
     n: int = typer.Option(10_000, "-n", min=2, max=MAX_DRAWN, help="samples drawn from each"),
     seed: int = typer.Option(0, "--seed", min=0, max=MAX_SEED, help="fixes the samples and the dequantisation"),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.table import Table
 
-from cluster.terminal import RAY, TRACKING, out_console, print_fields, print_table
+from cluster.terminal import PLACES, RAY, TRACKING, out_console, print_fields, print_table
 from data.errors import UserError
 from data.limits import MAX_DRAWN, MAX_SEED, MAX_SIDE
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from eval.comparison import Comparison
     from eval.evaluate import Rule
 
-PLACES = "shards, a folder of images, a .npy/.npz file, models:/NAME@ALIAS or a run"
+EXTRACTORS = "pixels, inception:FILE, torchscript:FILE, onnx:FILE, module:FILE.py:NAME or classifier:MODEL"
 # Options that several commands share, by the name of their parameter; `_shared` gives them to a command.
 _OPTIONS: dict[str, tuple[type, Any]] = {
     "bins": (str, typer.Option("100", "--bins", help="K-means bins, as 100 or 100,200,300; or `labels`: the classes")),
@@ -33,7 +33,10 @@ _OPTIONS: dict[str, tuple[type, Any]] = {
     "scores": (
         str,
         typer.Option(
-            "all", "--scores", help="all, none, or some of fid,kid,manifold,transport,sharpness,classes,memorisation"
+            "all",
+            "--scores",
+            help="all, none, or some with commas between: fid, kid, manifold, transport, sharpness, classes, "
+            "memorisation",
         ),
     ),
     "features": (
@@ -41,7 +44,7 @@ _OPTIONS: dict[str, tuple[type, Any]] = {
         typer.Option(
             "pixels",
             "--features",
-            help="pixels, inception:FILE, torchscript:FILE, onnx:FILE, module:FILE.py:NAME or classifier:MODEL",
+            help=EXTRACTORS,
         ),
     ),
     "classifier": (
@@ -136,7 +139,9 @@ def evaluate(
         ..., "--reference", help="the data to cover, in the same forms, or what `reference` left"
     ),
     per_sample: str = typer.Option(None, "--per-sample", help="folder for Parquet files: bin and distance"),
-    export_missing: str = typer.Option(None, "--export-missing", help="folder for REF's samples of the missing bins"),
+    export_missing: str = typer.Option(
+        None, "--export-missing", help="folder for REF's samples of the bins that hold fewer SAMPLES"
+    ),
     *,
     given: dict[str, Any],
 ) -> None:
@@ -148,7 +153,7 @@ def evaluate(
         return
     result = row.evaluation.result
     table = Table("bin", "direction", "reference", "samples", "z", box=None, pad_edge=False)
-    for k in [k for k in result.by_evidence() if result.flagged[k]][:20]:
+    for k in [int(k) for k in result.by_evidence() if result.flagged[k]][:20]:
         shares = (f"{100 * part[k]:.2f} %" for part in (result.reference_proportions, result.sample_proportions))
         table.add_row(str(k), result.direction(k), *shares, f"{result.z[k]:+.1f}")
     if result.ndb:
@@ -224,6 +229,7 @@ def reference(
     with running(_looking(given), Stages()) as runner:
         fitted, _ = reference_of(runner, reference, known, _options(given))
         fitted.save(place)
+    _warn(reference, fitted.facts.get("reference_reach"))
     for each in fitted.bins:
         print_fields(bins=f"{len(each.counts)} over {each.n_reference:,} samples, fingerprint {each.fingerprint}")
     print_fields(reference=place)
@@ -274,7 +280,7 @@ def watch(
 @_shared("classifier", *_READ, *_RUN)
 def features(
     place: str = typer.Argument(help=PLACES),
-    features: str = typer.Option(..., "--features", help="as for `evaluate`"),
+    features: str = typer.Option(..., "--features", help=EXTRACTORS),
     out: str = typer.Option(..., "--out", help="folder or URL for the pack of vectors"),
     split: str = typer.Option("test", "--split", help="splits of PLACE, as test or train,test"),
     *,
@@ -309,12 +315,13 @@ def study(
     scores: str = typer.Option(
         "all",
         "--scores",
-        help="all, or some of ndb,ndb_holm,ndb_bh,js,fid,kid,precision,recall,density,coverage,sliced",
+        help="all, or some with commas between: ndb, ndb_holm, ndb_bh, js, fid, kid, precision, recall, density, "
+        "coverage, sliced",
     ),
     by_class: str = typer.Option(
         None, "--by-class", help="the score that is also shown class by class (default: ndb_holm)"
     ),
-    split: str = typer.Option("test", "--split", help="split of REFERENCE, where it has splits"),
+    split: str = typer.Option("test", "--split", help="split of REF, where it has splits"),
     *,
     given: dict[str, Any],
 ) -> None:
@@ -342,6 +349,7 @@ def study(
     found.save(place, {name: round(value, 3) for name, value in stages.seconds.items()})
     print_table(found.table())
     print_table(found.class_table())
+    out_console.print(found.finding())
     print_fields(**{name: storage.join(place, f"study.{name}") for name in ("html", "png", "json")})
 
 
@@ -403,6 +411,7 @@ def _compare(samples: list[str], given: dict[str, Any]) -> Comparison:
     from cluster.densities import DensityOption
     from cluster.progress import Stages
     from cluster.scoring import held_out_of, is_reference, open_set, reference_of, running, score_sets
+    from cluster.shapes import in_shape
     from data import storage
     from eval.evaluate import Rule
     from eval.stored import check_lasting
@@ -431,7 +440,13 @@ def _compare(samples: list[str], given: dict[str, Any]) -> Comparison:
                 density.model()  # what is no density is refused before anything starts
             for opened in sets.values() if given["store"] else ():
                 check_lasting(opened)
-        fitted, partitions = reference_of(runner, given["reference"], known, options)
+
+        def check(shape: tuple[int, ...]) -> None:
+            nonlocal held
+            sets.update({name: in_shape(opened, shape) for name, opened in sets.items()})
+            held = None if held is None else in_shape(held, shape)
+
+        fitted, partitions = reference_of(runner, given["reference"], known, options, check)
         if searched and held is None and partitions is not None:
             held = held_out_of(given["reference"], known, partitions)
         scores = options.scores
@@ -450,12 +465,17 @@ def _compare(samples: list[str], given: dict[str, Any]) -> Comparison:
             density=density,
         )
         _export(runner, comparison, given.get("per_sample"), given.get("export_missing"), density)
+    _warn(given["reference"], fitted.facts.get("reference_reach"))
     for row in comparison.rows:
-        if row.evaluation.warning:
-            print(f"manymodes: warning: {row.name}: {row.evaluation.warning}", file=sys.stderr)
+        _warn(row.name, row.evaluation.warning)
     if given["report"]:
         _write_report(given["report"], comparison, {name: round(value, 3) for name, value in stages.seconds.items()})
     return comparison
+
+
+def _warn(name: str, warning: str | None) -> None:
+    if warning:
+        print(f"manymodes: warning: {name}: {warning}", file=sys.stderr)
 
 
 def _export(
@@ -471,14 +491,13 @@ def _export(
     if per_sample:
         write_per_sample(runner, row.samples, known.bins[0], neighbours_of(known), density, per_sample)
     if export:
-        result = row.evaluation.result
-        missing = [int(k) for k in result.by_evidence() if result.flagged[k] and result.direction(int(k)) == "missing"]
-        if not missing:
-            print("manymodes: no bin is missing: nothing is exported", file=sys.stderr)
+        fewer = row.evaluation.result.fewer()
+        if not fewer:
+            print("manymodes: no bin has fewer samples, none is missing: nothing is exported", file=sys.stderr)
             return
-        n, place = export_missing(runner, known, missing, export)
+        n, place = export_missing(runner, known, fewer, export)
         if not runner.stages.quiet:
-            print_fields(exported=f"{n:,} samples of {len(missing)} missing bins in {place}")
+            print_fields(exported=f"{n:,} samples of {len(fewer)} bins with fewer samples, or none, in {place}")
 
 
 def _print_scores(comparison: Comparison) -> None:

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from cluster import codes
 from cluster.fitting import Trained
-from cluster.models import LocalModel
+from cluster.models import LocalAutoencoder, LocalModel, open_model
 from cluster.progress import console
 from cluster.recipe import Recipe
 from cluster.verdict import Verdict
@@ -47,12 +48,20 @@ def judge(recipe: Recipe, trained: Trained, advance: Any) -> Verdict:
     comparison, name = _evaluate(recipe, trained, advance)
     row, held_out = comparison.row(name), comparison.rows[0]
     result, reference = row.evaluation.result, comparison.reference
+    coder, found = open_model(trained.model), None
+    if isinstance(coder, LocalAutoencoder):
+        advance(1, text="codes")
+        found = codes.measure(coder, codes.held_out(trained.manifest), seed=recipe.evaluation.seed)
 
     def sections() -> list[ReportSection]:
-        return report_sections(comparison, row, (held_out.name, held_out.samples)) + _model_sections(trained)
+        of_codes: list[ReportSection] = []
+        if found is not None and isinstance(coder, LocalAutoencoder):
+            of_codes = codes.sections(coder, found, trained.manifest.class_names)
+        of_samples = report_sections(comparison, row, (held_out.name, held_out.samples))
+        return of_samples + of_codes + _model_sections(trained)
 
     return Verdict(
-        metrics=_metrics(comparison, name),
+        metrics={**_metrics(comparison, name), **(found.metrics if found else {})},
         table=headline_table(comparison),
         models=[one.to_dict() for one in comparison.rows],
         protocol=row.evaluation.protocol,

@@ -165,7 +165,7 @@ def export_missing(runner: Runner, reference: Reference, missing: Sequence[int],
     """
     partitions, bins = reference.partitions, reference.bins[0]
     if not missing:
-        raise UserError("no bin is missing: there is nothing to export")
+        raise UserError("no bin has fewer samples: there is nothing to export")
     if partitions is None:
         raise UserError("the reference's samples are not at hand: name the data itself by --reference")
     check_exports(None, folder)

@@ -102,6 +102,28 @@ class LocalClassifier(LocalModel):
         return None if found is None else float(found)
 
 
+class LocalAutoencoder(LocalModel):
+    """An autoencoder in a folder. Samples x are [n, *shape]: images in [0, 1], others as they were in training."""
+
+    def encode(self, x: np.ndarray) -> np.ndarray:
+        """Codes [n, K] float32 of samples x."""
+        return self._over_batches(self.model.encode, x).numpy()
+
+    def decode(self, codes: np.ndarray) -> np.ndarray:
+        """Samples [n, *shape] float32 of codes [n, K].
+
+        Raises:
+            UserError: codes of another dimension, or that are not finite.
+        """
+        if codes.ndim != 2 or codes.shape[1] != self.model.n_latent or not np.isfinite(codes).all():
+            raise UserError(f"codes have the shape {list(codes.shape)}: give finite ones, [n, {self.model.n_latent}]")
+        return self._over_batches(self.model.decode, codes).numpy().reshape(len(codes), *self.data["shape"])
+
+    def prior_sample(self, n: int, seed: int) -> np.ndarray:
+        """n draws of the codes' prior, [n, K] float32; the same for the same seed."""
+        return np.asarray(self.model.prior.sample(n, torch.Generator().manual_seed(seed)).numpy())
+
+
 def model_folder(place: str) -> str | None:
     """The folder of the model that is stored at `place`, or in the run whose --out folder it is."""
     if is_spec(place):
@@ -117,7 +139,8 @@ def open_model(place: str, tracking_uri: str | None = None) -> LocalModel:
     """Opens `models:/...` from the registry, or a model's folder or the folder of the run that made it.
 
     Returns:
-        A `LocalClassifier` where the model gives class probabilities.
+        A `LocalClassifier` where the model gives class probabilities, a `LocalAutoencoder` where it has codes and their
+        prior.
 
     Raises:
         UserError: nothing there that can be loaded.
@@ -132,7 +155,9 @@ def open_model(place: str, tracking_uri: str | None = None) -> LocalModel:
     if folder is None:
         raise UserError(f"{place}: no model there; give models:/NAME@ALIAS or the --out folder of a finished run")
     opened = LocalModel(folder)
-    return LocalClassifier(folder) if hasattr(opened.model, "probabilities") else opened
+    if hasattr(opened.model, "probabilities"):
+        return LocalClassifier(folder)
+    return LocalAutoencoder(folder) if hasattr(opened.model, "prior") else opened
 
 
 def open_mixture(place: str, tracking_uri: str | None = None) -> LocalModel:
@@ -143,6 +168,18 @@ def open_mixture(place: str, tracking_uri: str | None = None) -> LocalModel:
     """
     opened = open_model(place, tracking_uri)
     opened.require("component_log_prob")
+    return opened
+
+
+def open_autoencoder(place: str, tracking_uri: str | None = None) -> LocalAutoencoder:
+    """`open_model`, for codes.
+
+    Raises:
+        UserError: no model there, or one that is no autoencoder.
+    """
+    opened = open_model(place, tracking_uri)
+    if not isinstance(opened, LocalAutoencoder):
+        raise UserError(f"{place}: a model of the family {opened.document['family']} is no autoencoder: give one")
     return opened
 
 

@@ -95,7 +95,8 @@ def _write_report(recipe: Recipe, trained: Trained, verdict: Verdict, registered
         "mlflow_run": trained.run_id,
     }
     seconds = [[stage, f"{value:.1f}"] for stage, value in trained.stages.seconds.items()]
-    timing = ReportTable("Stages", ["stage", "seconds"], seconds)
+    note = "On the terminal the bar of a training counts the start and stop of its workers, which is told apart here."
+    timing = ReportTable("Stages", ["stage", "seconds"], seconds, note)
     sections = verdict.sections() + _training_sections(recipe, trained)
     html = render_report(f"manymodes: {recipe.name}", verdict.table, sections, protocol, timing, verdict.lead)
     storage.write_text(storage.join(trained.folder, "report.html"), html)
@@ -113,8 +114,10 @@ def _training_sections(recipe: Recipe, trained: Trained) -> list[ReportSection]:
     steps, losses = zip(*history)
     unit = "step" if recipe.training.method == "sgd" else "pass over the data"
     noun, loss = recipe.model.noun.capitalize(), recipe.model.loss.capitalize()
-    curve = figures.training_curve(list(steps), list(losses), title=noun, label="loss (nats per sample)", unit=unit)
-    return [ReportSection("Training", "", [ReportFigure("Loss", curve, f"{loss} per sample.", "Loss")])]
+    label = f"loss ({recipe.model.loss_unit})" if recipe.model.loss_unit else "loss"
+    curve = figures.training_curve(list(steps), list(losses), title=noun, label=label, unit=unit)
+    caption = f"{loss} per sample." if recipe.model.loss_unit else f"{loss}."
+    return [ReportSection("Training", "", [ReportFigure("Loss", curve, caption, "Loss")])]
 
 
 def _summarise(recipe: Recipe, trained: Trained, registered: Registered, verdict: Verdict) -> dict[str, Any]:

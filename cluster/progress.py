@@ -42,7 +42,7 @@ class Stages:
         """Times a stage; yields `advance(done, total=None, text=None)` for its progress bar."""
         began = time.perf_counter()
         columns = (
-            TextColumn("{task.description:<22}", markup=False),
+            TextColumn("{task.description:<28}", markup=False),
             BarColumn(bar_width=12),
             TextColumn("{task.percentage:>3.0f}%"),
             _RateColumn(table_column=Column(no_wrap=True)),

@@ -177,6 +177,26 @@ def _number(hide: str, text: str) -> float:
         raise UserError(f"--hide {hide}: {text!r} is not a number") from error
 
 
+def random_samples(
+    model: LocalModel, place: str, *, n: int, split: str, seed: int, grey: bool | None = None
+) -> np.ndarray:
+    """n random samples of a place [n, *shape], or all where there are fewer, by a reservoir in one pass.
+
+    Raises:
+        UserError: see `samples_for`.
+    """
+    rng, seen = np.random.default_rng([_NOISE, seed, 1]), 0
+    kept: list[np.ndarray] = []
+    for block in samples_for(model, place, split=split, seed=seed, grey=grey):
+        for x in block.x:
+            seen += 1
+            if len(kept) < n:
+                kept.append(x)
+            elif (slot := int(rng.integers(seen))) < n:
+                kept[slot] = x
+    return np.stack(kept)
+
+
 def complete(
     model: LocalModel,
     place: str,
@@ -195,17 +215,7 @@ def complete(
     Raises:
         UserError: see `samples_for` and `hidden_mask`.
     """
-    # Reservoir sampling of n samples in one pass.
-    rng, seen = np.random.default_rng([_NOISE, seed, 1]), 0
-    kept: list[np.ndarray] = []
-    for block in samples_for(model, place, split=split, seed=seed, grey=grey):
-        for x in block.x:
-            seen += 1
-            if len(kept) < n:
-                kept.append(x)
-            elif (slot := int(rng.integers(seen))) < n:
-                kept[slot] = x
-    original = np.stack(kept)
+    original = random_samples(model, place, n=n, split=split, seed=seed, grey=grey)
     hidden = hidden_mask(hide, original.shape[1:], len(original), seed)
     x, observed = torch.from_numpy(original), torch.from_numpy(~hidden)
     generator = torch.Generator().manual_seed(seed)

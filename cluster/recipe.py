@@ -42,7 +42,7 @@ class DataSettings(Settings):
     """Where the samples come from."""
 
     source: str | None = Field(
-        None, description="digits, mnist:F, svhn:F, images:F (a folder), or array:FILE.npy|npz; null takes `shards`"
+        None, description="digits, mnist:F, svhn:F, images:F, array:FILE, ring, swissroll; null takes `shards`"
     )
     shards: str | None = Field(None, description="folder or URL of the packed shards; null puts them below --out")
     rows_per_block: int | None = Field(

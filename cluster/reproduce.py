@@ -228,7 +228,8 @@ def _run_one(
         made.append(study.objective(recipe)(*arguments))
         return made[-1]
 
-    before = study.measure(Trained(model.eval(), None, recipe, manifest, seed, out))
+    judged = member in study.members
+    before = study.measure(Trained(model.eval(), None, recipe, manifest, seed, out)) if judged else {}
     history: list[LogEntry] = []
     device = torch.device("cuda") if on_gpu else None
     fit = Fit(model.train(), manifest, recipe.training, device=device, objective=objective)
@@ -264,9 +265,9 @@ def _run_one(
     trained = Trained(final.eval(), critic, recipe, manifest, seed, out)
     dequantised = recipe.training.dequantises(manifest.levels)
     save_model(storage.join(folder, "model"), final, recipe.model.family, manifest, dequantised=dequantised)
-    metrics = {**{_BEFORE + key: value for key, value in before.items()}, **study.measure(trained)}
+    metrics = {**{_BEFORE + key: value for key, value in before.items()}, **(study.measure(trained) if judged else {})}
     with storage.publish(storage.join(folder, "drawn.npz")) as handle:
-        np.savez(handle, allow_pickle=False, **study.draw(trained))
+        np.savez(handle, allow_pickle=False, **(study.draw(trained) if judged else {}))
     logged = [entry for entry in history if study.curve in entry.metrics]
     result = {
         "identity": identity,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import posixpath
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -13,13 +14,14 @@ from cluster.densities import DensityOption, likelihood_scores, log_likelihood
 from cluster.extractors import open_extractor
 from cluster.models import model_folder, open_model
 from cluster.progress import Stages
+from cluster.terminal import PLACES
 from data import storage
 from data.errors import UserError
 from data.partitions import Partitions, open_partitions
 from data.sources import is_spec
 from eval.bins import BinSettings
 from eval.comparison import Comparison, judge_set
-from eval.comparison_report import bins_table, report_sections, row_sections, scores_table
+from eval.comparison_report import bins_table, report_sections, row_sections, scores_table, unequal_sizes
 from eval.drawn import DrawnPartitions
 from eval.evaluate import Rule
 from eval.measure import View, local_pass
@@ -79,6 +81,9 @@ def open_set(place: str, taking: Taking) -> Partitions:
         UserError: nothing usable there, or samples that are not of the asked size and colours and cannot be made so.
     """
     if not place.startswith("models:") and model_folder(place) is None:
+        # Shards may have braces in their names, and are looked for where they are opened.
+        if not (is_spec(place) or place.endswith(".tar") or storage.exists(storage.check_url(place))):
+            raise UserError(f"{place}: nothing is there: check the path, or give {PLACES}")
         found = open_partitions(place, split=taking.split, size=taking.size, grey=taking.grey)
         taking.require(place, found.shape)
         return found
@@ -189,9 +194,15 @@ class ReferenceOptions:
 
 
 def reference_of(
-    runner: Runner, place: str, taking: Taking, options: ReferenceOptions
+    runner: Runner,
+    place: str,
+    taking: Taking,
+    options: ReferenceOptions,
+    check: Callable[[tuple[int, ...]], None] = lambda shape: None,
 ) -> tuple[Reference, Partitions | None]:
     """A fitted reference that is loaded, or one that is fitted now; and its samples, where they are at hand.
+
+    `check` is called with the shape of its samples before it is fitted, and may refuse it.
 
     Raises:
         UserError: nothing usable there, or a reference in another space of features than the one asked for.
@@ -200,6 +211,7 @@ def reference_of(
     if is_reference(place):
         with runner.stages.stage("load reference"):
             reference = Reference.load(storage.check_url(place))
+        check(reference.bins[0].shape)
         measured = reference.bins[0].centres is not None or reference.summary.settings.names
         if measured and reference.space != space:
             raise UserError(
@@ -208,6 +220,7 @@ def reference_of(
             )
         return reference, None
     partitions = open_set(place, taking)
+    check(partitions.shape)
     with runner.stages.stage("fit reference", unit="samples") as advance:
         reference = fit_reference(
             *(partitions, runner.over(partitions, advance), options.settings, options.scores),
@@ -285,7 +298,7 @@ def score_sets(
         if reason is None and held_out is not None:
             facts |= {"memorisation": "against held-out data", "held_out": held_out.name}
             facts |= _of("held_out", {"fingerprint": held_out.fingerprint, **held_out.facts})
-        with runner.stages.stage(f"score {name}"[:22], unit="samples") as advance:
+        with runner.stages.stage(f"score {posixpath.basename(name.rstrip('/')) or name}", unit="samples") as advance:
             likelihood = None if density is None else log_likelihood(runner, samples, density, advance)
             row = judge_set(
                 *(samples, runner.over(samples, advance, store), reference),
@@ -346,7 +359,7 @@ def saved_table(files: Sequence[str]) -> ReportTable:
                 (low, high), js = row["intervals"]["ndb_over_k"], row["intervals"]["js"]
                 cells.append([
                     *(row["name"], f"{row['ndb']} of {row['bins']}", str(row["ndb_holm"]), f"{low:.3f}–{high:.3f}"),
-                    *(f"{row['js']:.4f}", f"{js[0]:.4f}–{js[1]:.4f}", row["n_samples"]),
+                    *(f"{row['js']:.4f}", f"{js[0]:.4f}–{js[1]:.4f}", int(row["n_samples"])),
                 ])  # fmt: skip
         except (ValueError, KeyError, IndexError, TypeError, OverflowError, RecursionError) as error:
             raise UserError(f"{file}: no result of `evaluate --json` or `compare --json`: print it again") from error
@@ -358,4 +371,5 @@ def saved_table(files: Sequence[str]) -> ReportTable:
         raise UserError(f"{', '.join(files)}: no results in there: print them again by `evaluate --json`")
     columns = ["samples", "NDB", "Holm", "NDB/K, 95 %", "JS (nats)", "95 %", "n"]
     note = f"Bins {next(iter(bins.values()))}; a bin differs where {next(iter(rules.values()))}."
+    note += unequal_sizes([row[-1] for row in cells])
     return ReportTable("Saved results", columns, cells, note)

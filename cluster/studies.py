@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -104,6 +105,33 @@ class Study:
         title = f"Which score notices a thinned class? {self.protocol['reference']}"
         return power_curves(self.powers, self.plan.keep, self.plan.measuring.level, title)
 
+    def finding(self) -> str:
+        """Which score notices most often, of those whose false alarms are not above the allowed rate beyond chance."""
+        level, splits = self.plan.measuring.level, self.plan.splits
+        if 1 / splits > level:
+            return (
+                f"{splits} splits only demonstrate the study and name no best score: one false alarm in them is a rate "
+                f"of {1 / splits:.2f} already, where {level:.3g} is allowed. Take at least {math.ceil(1 / level)} "
+                "splits."
+            )
+        loud = [name for name, power in self.powers.items() if power.miscalibrated]
+        told = ", ".join(f"{MEASURES[name].label} ({self.powers[name].false_alarms:.2f})" for name in loud)
+        left_out = f" Miscalibrated, and left out of this: {told}, which untouched samples alarm too often."
+        if len(loud) == len(self.powers):
+            return f"No score keeps to the allowed rate of false alarms, {level:.3g}: {told}."
+        # One share alone may favour a score whose threshold was lucky.
+        best = max((name for name in self.powers if name not in loud), key=lambda name: sum(self.powers[name].rates))
+        power = self.powers[best]
+        rates = ", ".join(
+            f"{_pm(*pair)} where {100 * share:.3g} % are kept"
+            for share, *pair in zip(self.plan.keep, power.rates, power.errors)
+        )
+        false = _pm(power.false_alarms, power.false_alarm_error)
+        return (
+            f"The score that notices most often is {MEASURES[best].label}: {rates}; untouched samples alarm it at a "
+            f"rate of {false}, where {power.nominal:.3g} is allowed.{left_out if loud else ''}"
+        )
+
     def save(self, folder: str, seconds: dict[str, float]) -> None:
         """Writes study.png, study.html and, last, study.json into a folder or URL, each whole or not at all.
 
@@ -111,17 +139,9 @@ class Study:
             UserError: the folder cannot be written.
         """
         picture = self.figure()
-        # One share alone may favour a score whose threshold was lucky.
-        best = max(self.powers, key=lambda name: sum(self.powers[name].rates))
-        power = self.powers[best]
-        rates = ", ".join(
-            f"{_pm(*pair)} where {100 * share:.3g} % are kept"
-            for share, *pair in zip(self.plan.keep, power.rates, power.errors)
-        )
         lead = (
             f"One class of {self.protocol['reference']} after the other is removed or thinned, in {self.plan.splits} "
-            f"random splits into reference and samples. The score that notices most often is {MEASURES[best].label}: "
-            f"{rates}; untouched samples alarm it at a rate of {power.false_alarms:.2f}."
+            f"random splits into reference and samples. {self.finding()}"
         )
         caption = (
             "A steep curve notices early. Left: untouched samples, where every alarm is false. Standard errors are in "

@@ -14,7 +14,7 @@ import posixpath
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -362,6 +362,25 @@ class MemoryPartitions(Partitions):
         x = np.ascontiguousarray(self.x[rows], np.float32)
         label = None if self.labels is None else self.labels[rows].astype(np.int64)
         yield Piece(x, label, 0, lambda: [str(rows.start + row) for row in range(len(x))], (_NOISE, number, 0))
+
+
+class ReshapedPartitions(Partitions):
+    """The same samples in another shape of as many values, such as [h, w] with a channel axis: [h, w, 1]."""
+
+    def __init__(self, inner: Partitions, shape: tuple[int, ...]) -> None:
+        vars(self).update({name: getattr(inner, name) for name in Partitions.__annotations__})
+        self.inner, self.shape = inner, shape
+        self.keys = [f"{key} {shape}" for key in inner.keys]
+        self.facts = {**inner.facts, "reshaped_from": list(inner.shape)}
+
+    def only(self, number: int) -> Partitions:
+        one = cast(ReshapedPartitions, super().only(number))
+        one.inner = self.inner.only(number)
+        return one
+
+    def pieces(self, number: int) -> Iterator[Piece]:
+        for piece in self.inner.pieces(number):
+            yield replace(piece, x=piece.x.reshape(len(piece.x), *self.shape))
 
 
 class TarPartitions(Partitions):

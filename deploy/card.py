@@ -31,8 +31,8 @@ _TASKS = {
     "probabilities": "probability of each class",
     "responsibilities": "posterior probability of each component",
     "features": "activations of the last hidden layer",
-    "sample": "draws `n` samples, fixed by `seed`",
-    "inpaint": "fills in what is NaN: `mode` map, mean, or sample (`n` draws of each)",
+    "sample": "draws n samples, fixed by seed",
+    "inpaint": "fills in what is NaN: mode map, mean, or sample (n draws of each)",
     "encode": "latent code of each sample (of a mixture: component, then its factors)",
     "decode": "samples of such codes",
 }
@@ -64,6 +64,7 @@ def model_card(place: str, tracking_uri: str) -> str:
         UserError: no such version, or one that manymodes did not register.
     """
     entry = named_entry(place, tracking_uri)
+    _, _, asked = place.partition("@")
     model, document = load_model(fetch_model(entry.uri, tracking_uri))
     with mlflow_errors(tracking_uri):
         client = mlflow_client(tracking_uri)
@@ -80,15 +81,18 @@ def model_card(place: str, tracking_uri: str) -> str:
         f"trained on {data['name']}, samples of {' × '.join(map(str, data['shape']))}."
     )
     sections = [
-        _how_to_load(entry, model, data, tracking_uri),
+        _how_to_load(entry, asked, model, data, tracking_uri),
         *_pictures(model, data),
         _lineage(entry, tags, dict(run.data.tags), data, tracking_uri),
     ]
-    return render_report(f"Model card: {entry.name}", _scores(tags), sections, _protocol(summary, data), lead=lead)
+    protocol = _protocol(summary, data)
+    scores = _scores(tags, protocol.get("bins"))
+    return render_report(f"Model card: {entry.name}", scores, sections, protocol, lead=lead)
 
 
-def _scores(tags: dict[str, str]) -> ReportTable:
-    rows = [[label, tags[name], tags.get(f"{name}_se")] for name, label in _SCORES.items() if name in tags]
+def _scores(tags: dict[str, str], bins: int | None) -> ReportTable:
+    told = {**tags, **({"ndb": f"{tags['ndb']} of {bins}"} if bins and "ndb" in tags else {})}
+    rows = [[label, told[name], tags.get(f"{name}_se")] for name, label in _SCORES.items() if name in told]
     note = "As recorded when it was registered, under the protocol below. ±: one standard error, over the samples."
     return ReportTable("Scores", ["score", "value", "±"], rows, note)
 
@@ -103,11 +107,13 @@ def _protocol(summary: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
     return facts
 
 
-def _how_to_load(entry: Entry, model: Any, data: dict[str, Any], tracking_uri: str) -> ReportSection:
+def _how_to_load(entry: Entry, asked: str, model: Any, data: dict[str, Any], tracking_uri: str) -> ReportSection:
     from deploy.served_model import tasks_of
 
     tasks, width = tasks_of(model), math.prod(data["shape"])
-    place = f"{entry.name}@{entry.aliases[0]}" if entry.aliases else f"{entry.name}/{entry.version}"
+    # As it was asked for; NAME alone is the champion, or else the candidate.
+    aliases = [alias for alias in (asked, "champion", *entry.aliases) if alias in entry.aliases]
+    place = f"{entry.name}@{aliases[0]}" if aliases and not asked.isdecimal() else f"{entry.name}/{entry.version}"
     lines = [
         "import mlflow, numpy as np",
         "",
@@ -133,7 +139,9 @@ def _pictures(model: Any, data: dict[str, Any]) -> list[ReportSection]:
             samples = model.sample(_SHOWN, torch.Generator().manual_seed(0)).reshape(_SHOWN, *shape).numpy()
         picture = figures.sample_grid(samples, 8, 8)
         caption = f"The first {_SHOWN} of seed 0, not chosen."
-        sections.append(ReportSection("Samples", "", [ReportFigure("Samples", picture, caption, "Samples")]))
+        sections.append(
+            ReportSection("Samples", "", [ReportFigure("Samples", picture, caption, "Samples")], beside=True)
+        )
     components = mixture_figures.components_of(model, shape)
     if components is not None:
         figure = ReportFigure("Components", components, "Mean μ, noise, and μ ± A for each factor.", "Components")
@@ -146,7 +154,7 @@ def _lineage(
 ) -> ReportSection:
     facts = {
         "registered model": f"{entry.name}, version {entry.version}",
-        "licence": tags.get("licence") or tags.get("license") or "not stated (tag `licence`)",
+        "licence": tags.get("licence") or tags.get("license") or "not stated (tag licence)",
         "MLflow": without_password(tracking_uri),
         "run": entry.run_id,
         "recipe": tags.get("recipe") or run.get("recipe"),

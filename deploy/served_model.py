@@ -10,13 +10,13 @@ data frame of samples, [n, d] or [n, *shape], any n from 0 on; what comes back i
     probabilities     -> [n, n_classes] float32, of a classifier
     responsibilities  -> [n, n_components] float32
     features          -> [n, n_hidden] float32, a classifier's last hidden layer
+    encode            -> [n, 1 + l] float32 of a mixture: the most probable component's number, then its factors'
+                         posterior means; [n, l] of another model: its code
     sample            -> [n, *shape] float32; parameters `n` and `seed`, x is ignored
     inpaint           -> [n, *shape] float32. Hidden features are NaN in x, or false in `mask` (d values for all
                          samples alike, or n·d). `mode`: "map", the conditional mean in the most probable component;
                          "mean", the conditional mean; "sample", draws: [n, draws, *shape] with the parameters `n`
                          (draws of each sample), `seed`, and `noise` (draw the noise of the features, too)
-    encode            -> [n, 1 + l] float32 of a mixture: the most probable component's number, then its factors'
-                         posterior means; [n, l] of another model: its code
     decode            -> [n, *shape] float32, for x as `encode` gives it: the sample without its noise
 
 Every result is a function of x, the parameters and the seed.
@@ -48,9 +48,9 @@ _METHODS = {
     "probabilities": ("probabilities",),
     "responsibilities": ("responsibilities",),
     "features": ("features",),
+    "encode": ("latent_posterior", "encode"),
     "sample": ("sample",),
     "inpaint": ("inpaint",),
-    "encode": ("latent_posterior", "encode"),
     "decode": ("decode",),
 }
 
@@ -114,7 +114,7 @@ class ServedModel(mlflow.pyfunc.PythonModel):
         """Takes a network with its weights; `data` says what it was trained on."""
         self.net, self.data, self.shape = network.eval(), dict(data), tuple(data["shape"])
         self.tasks = tasks_of(network)
-        if hasattr(network, "precision"):  # of a mixture; its parameters do not change any more
+        if callable(getattr(network, "precision", None)):  # of a mixture; its parameters do not change any more
             network.precision = functools.cache(network.precision)
 
     def predict(self, context: Any, model_input: np.ndarray, params: dict[str, Any] | None = None) -> np.ndarray:

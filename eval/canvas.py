@@ -23,7 +23,7 @@ from data.errors import UserError
 BLUE, VERMILLION, GREEN = "#0072B2", "#D55E00", "#009E73"
 INK, MUTED, PALE, FAINT = "#1f2328", "#6e7781", "#9aa5b1", "#dfe4e9"
 # Against the palette's blue and vermillion this pair keeps its meaning in every figure.
-DIRECTION_COLOURS = {"missing": VERMILLION, "over-represented": BLUE, "equal": MUTED}
+DIRECTION_COLOURS = {"missing": VERMILLION, "fewer": VERMILLION, "more": BLUE, "equal": MUTED}
 _DPI, _LARGE = 120, 350_000
 
 

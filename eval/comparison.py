@@ -115,6 +115,7 @@ def judge_set(
             name=name,
             scale=words,
             rule=rule,
+            levels=samples.levels,
             extras={**facts, **({} if bins.labelled_by is None else {"labelled_by": asdict(bins.labelled_by)})},
         )
         for i, bins in enumerate(reference.bins)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -13,6 +15,7 @@ from eval.bins import Bins
 from eval.canvas import is_image
 from eval.comparison import Comparison, Row
 from eval.gallery import bins_gallery
+from eval.metrics.ndb import MISSING_SHARE
 from eval.reference import Reference, bin_members
 from eval.report import ReportFigure, ReportSection, ReportTable
 from eval.scores import Score
@@ -42,6 +45,7 @@ def headline_table(comparison: Comparison) -> ReportTable:
         f"NDB: bins that differ from the {result.n_reference:,} reference samples ({result.threshold}). "
         "JS in nats; with finite samples it is above zero for a perfect model too, more so the fewer there are."
     )
+    note += _unequal(comparison)
     if bits:
         note += f" Log-likelihoods are of pixels dequantised to [0, 1), x = (v + u) / {comparison.levels}."
     return ReportTable("Models side by side", [*columns, "NDB", "JS", "samples"], rows, note)
@@ -59,8 +63,7 @@ def report_sections(
     """
     reference, result = comparison.reference, row.evaluation.result
     bins = reference.bins[0]
-    missing = sum(result.direction(int(k)) == "missing" for k in np.flatnonzero(result.flagged))
-    found = f"{result.ndb} of {result.bins} bins differ from the reference, {missing} of them missing"
+    found = f"{result.ndb} of {result.bins} bins differ from the reference, {result.told()}"
     none = f"no bin of {result.bins} differs from the reference"
     cut = "by K-means" if bins.centres is not None else "by class"
     proportions = figures.binning_proportions([each.evaluation for each in comparison.rows])
@@ -85,7 +88,7 @@ def row_sections(comparison: Comparison, row: Row, beside: tuple[str, Partitions
     """The pictures of one row: its worst bins, its samples (beside others), and those nearest to the reference."""
     shown = [*([beside] if beside else []), (row.name, row.samples)]
     pictures = [
-        ReportFigure(name[:1].upper() + name[1:], figures.sample_grid(samples.first(64), 8, 8), "The first 64.", name)
+        ReportFigure(name, figures.sample_grid(samples.first(64), 8, 8), "The first 64.", name)
         for name, samples in shown
     ]
     return [
@@ -121,12 +124,13 @@ def scores_table(comparison: Comparison) -> ReportTable | None:
     if not names:
         return None
     scores = [{score.name: score for score in row.scores} for row in comparison.rows]
-    cells = []
+    cells, details = [], []
     for name in names:
         found = [each.get(name) for each in scores]
+        details.append(_taken(comparison, found))
         better = next((score.better for score in found if score and score.better), "")
         values = ["–" if score is None else str(score) for score in found]
-        cells.append([name, better, *values, _itself(found), _taken(comparison, found)])
+        cells.append([name, better, *values, _itself(found)])
     note = (
         f"Features: {comparison.reference.space.name}. ±: one standard error, where nothing else is said. Two parts of "
         "the reference: what one random part of it scores against another, as a perfect model would; of the same sizes "
@@ -135,8 +139,8 @@ def scores_table(comparison: Comparison) -> ReportTable | None:
     classifier = comparison.rows[0].evaluation.protocol.get("classifier")
     if classifier:
         note += f" Classes: {classifier}."
-    columns = ["score", "better", *(row.name for row in comparison.rows), "two parts of the reference", "protocol"]
-    return ReportTable("Other scores", columns, cells, note)
+    columns = ["score", "better", *(row.name for row in comparison.rows), "two parts of the reference"]
+    return ReportTable("Other scores", columns, cells, note, details)
 
 
 def _itself(found: list[Score | None]) -> str:
@@ -146,15 +150,22 @@ def _itself(found: list[Score | None]) -> str:
 
 
 def _taken(comparison: Comparison, found: list[Score | None]) -> str:
-    """How a score was taken: once where all rows agree, else row by row."""
+    """How a score was taken: first what holds for all rows, then row by row what differs."""
     words = {}
     for row, score in zip(comparison.rows, found):
         if score is not None:
             other = score.itself_protocol is not None and score.itself_protocol not in score.protocol
-            words[row.name] = score.words + (f"; two parts: {score.itself_protocol}" if other else "")
+            told = score.words + (f"; two parts: {score.itself_protocol}" if other else "")
+            words[row.name] = told
     if len(set(words.values())) == 1:
         return next(iter(words.values()))
-    return "; ".join(f"{name}: {each}" for name, each in words.items())
+    split = {name: re.split("[;,] ", told) for name, told in words.items()}
+    shared = [part for part in next(iter(split.values())) if all(part in parts for parts in split.values())]
+    own: dict[str, list[str]] = {}
+    for name, parts in split.items():
+        if rest := ", ".join(part for part in parts if part not in shared):
+            own.setdefault(rest, []).append(name)
+    return "; ".join([", ".join(shared)] * bool(shared) + [f"{', '.join(rows)}: {rest}" for rest, rows in own.items()])
 
 
 def bins_table(comparison: Comparison) -> ReportTable:
@@ -170,13 +181,30 @@ def bins_table(comparison: Comparison) -> ReportTable:
                 *(f"{r.ndb_over_k:.3f}", _range(r.intervals.ndb_over_k, 3), f"{r.js:.4f}", _range(r.intervals.js, 4)),
                 *(f"{r.js_floor.mean:.4f}", f"{r.js_floor.p_value:.3f}", f"{r.n_samples:,}"),
             ])  # fmt: skip
-    rule = comparison.rows[0].evaluation.result.threshold
+    result = comparison.rows[0].evaluation.result
+    level = f"{100 * result.level:.2g} %"
     note = (
-        f"A bin differs where {rule}. Holm: no false alarm at all, BH: few among those flagged, at the same level. "
-        "95 %: if both sets were drawn again. Floor: the mean JS of two such sets of one distribution; p: the share of "
-        "them with more."
+        f"A bin differs where {result.threshold}. By chance: so many bins differ on average where both sets come from "
+        "one distribution. Holm: the bins that still differ when the probability of even one false alarm among all "
+        f"bins is kept to {level}; BH (Benjamini-Hochberg): when on average at most {level} of the bins that differ "
+        "are false alarms. 95 %: the interval for the score beside it, found by drawing sets of these sizes again and "
+        "again. Floor: the mean JS of two such sets of one distribution; p: the share of them with a larger JS."
     )
-    return ReportTable("NDB and JS", columns, cells, note)
+    return ReportTable("NDB and JS", columns, cells, note + _unequal(comparison))
+
+
+def _unequal(comparison: Comparison) -> str:
+    return unequal_sizes([row.evaluation.result.n_samples for row in comparison.rows])
+
+
+def unequal_sizes(sizes: Sequence[int]) -> str:
+    """A warning where NDB and JS of sets of several sizes stand side by side; "" where they are of one size."""
+    if len(set(sizes)) < 2:
+        return ""
+    return (
+        f" The sets differ in size ({min(sizes):,} to {max(sizes):,} samples): from more samples NDB finds more bins "
+        "that differ, and JS is larger where there are fewer; compare sets of one size."
+    )
 
 
 def _range(interval: tuple[float, float], digits: int) -> str:
@@ -193,7 +221,10 @@ def worst_bins(reference: Reference, bins: Bins, row: Row) -> ReportSection:
         result,
         name=row.name,
     )
-    order = "Missing modes first: what the reference has there, and what the samples put there."
+    order = (
+        "Bins with fewer samples first: what the reference has there, and what the samples put there. A bin is called "
+        f"missing where the samples' share is at most {MISSING_SHARE:.0%} of the reference's."
+    )
     close = "No bin is flagged; these come closest, whether they hold fewer samples or more."
     caption = "Centre, members of the reference, samples."
     return ReportSection(

@@ -15,6 +15,8 @@ from eval.observed import Extent
 
 # 8-bit values beside values in [0, 1] differ by 255; a broken generator of the right scale stays well below this.
 _SCALE_MISMATCH = 100.0
+# Pixels that reach no further into the range of their type were meant on another scale, or nearly all is black.
+_DIM = 0.25
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ def evaluate_counts(
     name: str,
     scale: str,
     rule: Rule,
+    levels: int | None = None,
     extras: Mapping[str, Any] | None = None,
 ) -> Evaluation:
     """NDB and JS divergence of samples against the bins' reference (see `eval.metrics.ndb.score`).
@@ -62,6 +65,7 @@ def evaluate_counts(
         name: what made the samples; the heading in tables and figures.
         scale: the scale of the values of reference and samples, in words ("pixels in [0, 1], not dequantised").
         rule: which bins are flagged.
+        levels: number of values that a pixel of the samples may take, as they are stored; None for real numbers.
         extras: further facts for the protocol (JSON-safe).
 
     Raises:
@@ -75,6 +79,8 @@ def evaluate_counts(
         result = ndb.score(bins.counts, seen.counts, z_threshold=rule.z_threshold, significance=rule.significance)
     except ValueError as error:
         raise UserError(f"{name}: {error}") from error
+    reached = narrow_range(extent.high, levels)
+    warnings = [_scale_warning(bins, extent), reached]
     protocol = {
         "reference": bins.reference_name,
         "reference_fingerprint": bins.reference_fingerprint,
@@ -84,6 +90,7 @@ def evaluate_counts(
         "n_samples": n_samples,
         "sample_shape": list(bins.shape),
         "scale": scale,
+        **({} if reached is None else {"samples_reach": reached}),
         "space": bins.space.name,
         "space_fingerprint": bins.space.fingerprint,
         "dimensions_used": len(bins.dimensions),
@@ -95,7 +102,7 @@ def evaluate_counts(
         "threshold": result.threshold,
         **(extras or {}),
     }
-    return Evaluation(name, result, protocol, seen.members(), _scale_warning(bins, extent))
+    return Evaluation(name, result, protocol, seen.members(), "; ".join(filter(None, warnings)) or None)
 
 
 def check_scale(bins: Bins, extent: Extent, name: str) -> None:
@@ -110,6 +117,15 @@ def check_scale(bins: Bins, extent: Extent, name: str) -> None:
         raise UserError(
             f"{name}: values reach {reach:.3g}, the reference's {known:.3g}: bring both to one scale, such as 0..1"
         )
+
+
+def narrow_range(high: float, levels: int | None) -> str | None:
+    """Says where pixels, divided by levels - 1, stay far below 1: `high` is the largest; None where they do not."""
+    if levels is None or high >= _DIM:
+        return None
+    most = round(high * (levels - 1))
+    told = f"values reach only {most} of {levels - 1}, by which they are divided"
+    return f"{told}: if {most} is meant to be white, save them as float32, divided by {most}" if most else told
 
 
 def _scale_warning(bins: Bins, extent: Extent) -> str | None:

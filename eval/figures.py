@@ -101,6 +101,12 @@ def binning_proportions(results: Sequence[Evaluation], title: str = "Binning pro
     return canvas.png(figure)
 
 
+_COMPONENTS_LEGEND = (
+    "μ: mean of the component.  A: loading of one factor, a column each; a step of one standard deviation along it "
+    "adds A to μ.  π: share of the component."
+)
+
+
 def components(
     means: np.ndarray,
     noise_std: np.ndarray,
@@ -139,6 +145,7 @@ def components(
         axes.set_title(f"component {k}, π = {mixing[k]:.3g}", loc="left", fontsize=9, color=canvas.INK)
     scaled = f"noise shown relative to {brightest:.2g}" if images else "band: noise, thin: factors"
     canvas.heading(figure, f"The {len(chosen)} largest of {len(means)} components ({scaled})")
+    figure.supxlabel(_COMPONENTS_LEGEND, fontsize=8, color=canvas.MUTED)
     return canvas.png(figure)
 
 
@@ -187,7 +194,7 @@ def _proportions(axes: Axes, result: NDBResult, top: float) -> None:
     axes.plot(x, values, color=canvas.INK, linewidth=0.4, alpha=0.6)
     inside = x[~result.flagged]
     axes.plot(inside, values[inside], color=canvas.INK, linestyle="", marker="o", markersize=size, label="model")
-    for direction, marker, sign in (("missing", "v", -1), ("over-represented", "^", 1)):
+    for direction, marker, sign in (("fewer", "v", -1), ("more", "^", 1)):
         marked = x[result.flagged & (np.sign(result.z) == sign)]
         (points,) = axes.plot(
             marked,
@@ -200,7 +207,7 @@ def _proportions(axes: Axes, result: NDBResult, top: float) -> None:
             markeredgewidth=0.6,
             clip_on=False,
             zorder=4,
-            label=f"flagged: {direction}",
+            label=f"differs: {direction}",
         )
         # Without points, an artist that is not clipped would stretch the layout down to the figure's corner.
         points.set_in_layout(False)

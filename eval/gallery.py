@@ -30,8 +30,8 @@ def bins_gallery(
 ) -> bytes:
     """Flagged bins as rows of PNG: proportions and z, the centre, members from the reference, the model's samples.
 
-    Missing modes come first, then over-represented ones, each by falling evidence; where both do not fit into
-    `max_rows`, missing modes get at least two thirds of them. Where no bin is flagged, the rows with the strongest
+    Bins with fewer samples come first, then those with more, each by falling evidence; where both do not fit into
+    `max_rows`, the former get at least two thirds of them. Where no bin is flagged, the rows with the strongest
     evidence are shown, and the title says so. `reference` and `samples` give members `[m, *shape]` of the bins they
     are asked for, of which the first `members` are drawn. Centres are drawn where they are pictures: in pixel space.
     """
@@ -66,27 +66,26 @@ def _rows(result: NDBResult, max_rows: int) -> np.ndarray:
     flagged = order[result.flagged[order]]
     if len(flagged) == 0:
         return order[:max_rows]
-    missing, over = flagged[result.z[flagged] < 0], flagged[result.z[flagged] > 0]
-    first = missing[: max(max_rows - len(over), math.ceil(max_rows * 2 / 3))]
-    return np.concatenate([first, over[: max_rows - len(first)]])
+    fewer, more = flagged[result.z[flagged] < 0], flagged[result.z[flagged] > 0]
+    first = fewer[: max(max_rows - len(more), math.ceil(max_rows * 2 / 3))]
+    return np.concatenate([first, more[: max_rows - len(first)]])
 
 
 def _title(result: NDBResult, shown: int) -> str:
     if result.ndb == 0:
         return f"No bin of {result.bins} is flagged ({result.threshold}); these have the strongest evidence"
-    missing = int(np.count_nonzero(result.flagged & (result.z < 0)))
-    over = result.ndb - missing
-    title = f"{missing} missing and {over} over-represented bins of {result.bins} ({result.threshold})"
+    title = f"{result.ndb} of {result.bins} bins differ: {result.told()} ({result.threshold})"
     return title if shown == result.ndb else f"{title}, {shown} shown"
 
 
 def _describe(axes: Axes, result: NDBResult, k: int) -> None:
     canvas.bare(axes)
-    direction = result.direction(k)
     # A bin that is not flagged is shown for its rank alone, and must not read like a finding.
-    label = direction if result.flagged[k] else "fewer" if result.z[k] < 0 else "more" if result.z[k] > 0 else "equal"
+    near = "equal" if result.z[k] == 0 else f"slightly {'fewer' if result.z[k] < 0 else 'more'}"
+    direction = result.direction(k)
+    label = direction if result.flagged[k] else near
     shares = f"{100 * result.reference_proportions[k]:.2f} % → {100 * result.sample_proportions[k]:.2f} %"
-    colour = canvas.DIRECTION_COLOURS[direction] if result.flagged[k] else canvas.MUTED
+    colour = canvas.DIRECTION_COLOURS[direction]
     place: dict[str, Any] = {"xy": (0, 0.5), "textcoords": "offset points", "va": "center"}
     axes.annotate(label, xytext=(0, 13), color=colour, fontsize=8.5, fontweight="bold", **place)
     evidence = f"z {result.z[k]:+.1f}".replace("-", "−")

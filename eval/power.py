@@ -40,6 +40,11 @@ class Power:
     n_null: int
     threshold: float
 
+    @property
+    def miscalibrated(self) -> bool:
+        """Whether false alarms are above the allowed rate by more than two standard errors."""
+        return self.false_alarms > self.nominal + 2 * self.false_alarm_error
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe."""
         return asdict(self)

@@ -17,6 +17,7 @@ from data import storage
 from data.errors import UserError
 from data.partitions import Partitions
 from eval.bins import PICTURED, Bins, BinSettings, Space, fit_bins, label_bins, pictured
+from eval.evaluate import narrow_range
 from eval.observed import Pass
 from eval.scores import ScoreSettings, Summary
 
@@ -169,4 +170,7 @@ def fit_reference(
             f"{cut.max_samples or 'all'} samples (those with the smallest SplitMix64 numbers, in 1 GiB at most) and "
             f"{cut.max_dimensions or 'all'} dimensions, seed {cut.seed}"
         )
+    reached = narrow_range(fitted.bins[0].value_range[1], partitions.levels)
+    if reached is not None:
+        read["reference_reach"] = reached
     return Reference(fitted.bins, fitted.seen["summary"], partitions.scale, partitions, read)

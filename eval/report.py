@@ -14,18 +14,67 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 _NUMBER = re.compile(r"^[+\-−±<>≤≥~ ]*\d[\d.,eE+\-−±%/ ]*( ?[a-zA-Zµ%/]{1,8})?$|^[–—-]$|^$")
 
 
+# What the keys of protocols are called on the page; others are shown as they are, without underscores.
+_WORDS = {
+    "reference_fingerprint": "fingerprint of the reference",
+    "bins_fingerprint": "fingerprint of the bins",
+    "samples_fingerprint": "fingerprint of the samples",
+    "held_out": "held-out data",
+    "held_out_fingerprint": "fingerprint of the held-out data",
+    "held_out_split": "split of the held-out data",
+    "n_reference": "samples in the reference",
+    "n_samples": "samples that are judged",
+    "n_set": "samples in the set",
+    "n_used": "samples that are used",
+    "n_pairwise": "samples for scores of pairs",
+    "sample_shape": "shape of a sample",
+    "scale": "scale of the values",
+    "samples_reach": "range of the samples",
+    "reference_reach": "range of the reference",
+    "space": "distances are between",
+    "space_fingerprint": "fingerprint of the features",
+    "dimensions_total": "dimensions of the features",
+    "dimensions_used": "dimensions that K-means used",
+    "clustered_samples": "samples that K-means used",
+    "initialisations": "starts of K-means",
+    "kmeans_subset": "subset for K-means",
+    "threshold": "a bin differs where",
+    "scores": "scores that are taken",
+    "pairs_subsample": "samples for scores of pairs",
+    "scores_seed": "seed of their subset",
+    "reference_split": "split of the reference",
+    "reference_scores": "scores that the reference was fitted for",
+    "reference_pairs_subsample": "samples of the reference for scores of pairs",
+    "reference_scores_seed": "seed of their subset in the reference",
+    "samples_split": "split of the samples",
+    "samples_model": "fingerprint of the model",
+    "samples_draws": "samples drawn from the model",
+    "samples_seed": "seed of the samples",
+    "samples_levels": "levels of the drawn pixels",
+    "memorisation": "search for copies",
+}
+
+
 @dataclass(frozen=True)
 class ReportTable:
-    """A table: column headings, rows of text or numbers (None is shown as a dash), and a line of small print."""
+    """A table: column headings, rows of text or numbers (None is shown as a dash), and small print.
+
+    `details` has a line for each row, which is shown muted below it ("" for none); `note` stands below the table.
+    """
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str | float | None]]
     note: str = ""
+    details: Sequence[str] = ()
 
     def cells(self) -> list[list[str]]:
         """Rows as text: whole numbers with thousands separated, others to four significant digits."""
         return [[_spelled(cell) for cell in row] for row in self.rows]
+
+    def detail(self, row: int) -> str:
+        """The line below a row."""
+        return self.details[row] if self.details else ""
 
     def numeric(self) -> list[bool]:
         """Whether a column holds only numbers, which are aligned at the right."""
@@ -93,9 +142,18 @@ def render_report(
         lead=lead,
         summary=summary,
         sections=sections,
-        facts={key.replace("_", " "): str(v) if key.endswith("seed") else _spelled(v) for key, v in facts.items()},
+        facts=_told(facts),
         stages=stages,
     )
+
+
+def _told(facts: Mapping[str, Any]) -> dict[str, str]:
+    """The protocol in words. Pixels need no fingerprint."""
+    shown = {k: v for k, v in facts.items() if k != "space_fingerprint" or v != facts.get("space")}
+    return {
+        _WORDS.get(key, key.replace("_", " ")): str(value) if key.endswith("seed") else _spelled(value)
+        for key, value in shown.items()
+    }
 
 
 def _spelled(value: Any) -> str:
@@ -110,4 +168,6 @@ def _spelled(value: Any) -> str:
         return f"{value:.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
     if isinstance(value, (list, tuple)):
         return " × ".join(_spelled(item) for item in value)
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_spelled(item)}" for key, item in value.items())
     return str(value)

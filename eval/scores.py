@@ -406,9 +406,14 @@ def _memorised(found: Memorisation | str | None) -> list[Score]:
     share = found.quantiles[0]
     words = f"share of samples as near to the reference as the nearest {share:.0%} of held-out samples"
     error = found.shares_standard_errors[0]
+    memorised = Score("memorised", found.shares[0], error, f"about {share:.0%}", words, found.to_dict())
+    words = (
+        "Mann-Whitney statistic of the distances to the reference, in standard deviations: below -2 the samples lie "
+        "nearer to it than held-out samples do, as copies would; above 2 farther, as samples of another distribution do"
+    )
     return [
-        Score("memorised", found.shares[0], error, f"about {share:.0%}", words, found.to_dict()),
-        Score("data-copying z", found.z, 1.0, "about 0; below: copies", "Mann-Whitney, against held-out samples"),
+        memorised,
+        Score("data-copying z", found.z, 1.0, "about 0; below: copies", words),
     ]
 
 

@@ -222,16 +222,29 @@ class DeepSpeedEngine(_Base):
                     moment.zero_()  # of a player that had not moved yet
             for key, parameter in player.module.named_parameters():
                 if self.stage > 0:
-                    value = state[f"{name}.module.{key}"].to(self.device)
-                    self._utils.safe_set_full_fp32_param(parameter, value)
+                    self._set_sharded(parameter, state[f"{name}.module.{key}"])
                 for field, value in _moments(state, name, key).items():
                     if value.ndim == 0:
                         for moments in states.values():
                             moments[field] = value.clone()
                     elif self.stage > 0:
-                        self._utils.safe_set_full_optimizer_state(parameter, value.to(self.device), field)
+                        self._set_sharded(parameter, value, field)
                     else:
                         states[parameter][field].copy_(value)
+
+    def _set_sharded(self, parameter: Any, value: Tensor, *field: str) -> None:
+        """Sets what ZeRO trains in place of a parameter, or that parameter's moment."""
+        value = value.to(self.device)
+        if self.stage == 3:  # its own setter refuses values that do not divide evenly among the ranks
+            size = parameter.ds_tensor.numel()
+            padded = nn.functional.pad(value.flatten(), (0, size * self.world_size - value.numel()))
+            mine = padded[size * self.rank : size * (self.rank + 1)]
+            setter = self._utils.safe_set_local_optimizer_state if field else self._utils.safe_set_local_fp32_param
+            setter(parameter, mine, *field)
+        elif field:
+            self._utils.safe_set_full_optimizer_state(parameter, value, *field)
+        else:
+            self._utils.safe_set_full_fp32_param(parameter, value)
 
     @property
     def _utils(self) -> Any:

@@ -32,6 +32,7 @@ class FamilySettings(Settings, ABC):
 
     noun: ClassVar[str]  # what a job trains, in its messages
     loss: ClassVar[str]  # what it minimises
+    loss_unit: ClassVar[str] = "nats per sample"
     methods: ClassVar[tuple[str, ...]] = ("sgd",)  # of training
     sections: ClassVar[tuple[str, ...]] = ()  # which of the recipe's initialisation, hierarchy, evaluation it uses
     dequantises: ClassVar[bool] = False  # whether the model may be a density of dequantised pixels

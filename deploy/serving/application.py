@@ -96,7 +96,7 @@ class ModelServer:
     async def _respond(self, request: Request, path: str) -> Response:
         if path == "/health":
             _method(request, "GET")
-            return _json({"status": "ok", "model": self.label, "tasks": self.served.tasks})
+            return _json({"status": "ok", "model": self.label, "tasks": self._tasks()})
         self._authorise(request)
         if path == "/metrics":
             _method(request, "GET")
@@ -106,7 +106,7 @@ class ModelServer:
         _method(request, "POST")
         task, name = ROUTES[path]
         if task not in self.served.tasks:
-            raise Refused(404, f"this model cannot do {task}: it can do {', '.join(self.served.tasks)}")
+            raise Refused(404, f"this model cannot do {task}: it can do {', '.join(self._tasks())}")
         kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise Refused(415, f"the body is {kind}: send application/json")
@@ -120,6 +120,10 @@ class ModelServer:
         if isinstance(found, Exception):
             raise found
         return Response(await _beside(20 * found.size, reply, name, found), media_type="application/json")
+
+    def _tasks(self) -> list[str]:
+        """What the model can do and a route asks for, by the routes' names."""
+        return [route.removeprefix("/") for route, (task, _) in ROUTES.items() if task in self.served.tasks]
 
     def _authorise(self, request: Request) -> None:
         if self.token is None:

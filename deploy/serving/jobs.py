@@ -125,7 +125,8 @@ def _rows(document: Mapping[str, Any], width: int, shape: tuple[int, ...]) -> np
     if x.size == 0 and len(x) == 0:
         return np.zeros((0, width), np.float32)
     if x.ndim < 2 or x.shape[1:] not in ((width,), shape):
-        raise Refused(400, f"inputs have the shape {list(x.shape)}: give [n, {width}], or [n, *{list(shape)}]")
+        whole = ", ".join(map(str, shape))
+        raise Refused(400, f"inputs have the shape {list(x.shape)}: give [n, {width}] or [n, {whole}]")
     if np.isinf(x).any():
         raise Refused(400, "inputs hold numbers that are too large")
     return x.reshape(len(x), width)

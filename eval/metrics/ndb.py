@@ -18,6 +18,8 @@ from eval.metrics import resampling
 from eval.metrics.bin_tests import benjamini_hochberg, exact_test, holm, needs_exact, z_statistic
 
 DEFAULT_SIGNIFICANCE = 0.05
+# A flagged bin with at most this share of what the reference has there is called missing.
+MISSING_SHARE = 0.1
 
 
 def two_proportion_z(reference_counts: np.ndarray, sample_counts: np.ndarray) -> np.ndarray:
@@ -130,8 +132,27 @@ class NDBResult:
         return np.lexsort((-np.abs(self.z), self.p_values))
 
     def direction(self, k: int) -> str:
-        """What the samples do in bin `k`: "missing" (fewer than the reference), "over-represented" or "equal"."""
-        return "missing" if self.z[k] < 0 else "over-represented" if self.z[k] > 0 else "equal"
+        """How the samples differ from the reference in bin `k`.
+
+        "equal" where the bin is not flagged; else "more", "fewer", or, where the samples' share is a tenth of the
+        reference's at most, "missing".
+        """
+        if not self.flagged[k]:
+            return "equal"
+        if self.z[k] > 0:
+            return "more"
+        missing = self.sample_proportions[k] <= MISSING_SHARE * self.reference_proportions[k]
+        return "missing" if missing else "fewer"
+
+    def fewer(self) -> list[int]:
+        """The flagged bins with fewer samples than in the reference, missing ones among them, strongest first."""
+        return [int(k) for k in self.by_evidence() if self.flagged[k] and self.z[k] < 0]
+
+    def told(self) -> str:
+        """How many bins differ in which way: "1 missing, 2 with fewer samples, 4 with more"."""
+        directions = [self.direction(int(k)) for k in np.flatnonzero(self.flagged)]
+        words = {"missing": "missing", "fewer": "with fewer samples", "more": "with more"}
+        return ", ".join(f"{n} {words[name]}" for name in words if (n := directions.count(name)))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe: the scores, the rule, and every bin with its direction, strongest evidence first."""

@@ -20,6 +20,7 @@ from cluster.entry import leave_interrupted
 from data import storage
 from data.manifest import Manifest, Origin, SplitRecord, save_manifest
 from data.shards import write_shard
+from eval.scores import SCORES
 
 
 def refuses(result, *parts):
@@ -62,6 +63,23 @@ def test_evaluate_prints_one_json_object(call, array_file):
     assert found["ndb"] <= 3  # two sets of one distribution: more has odds below 1e-4
     again = json.loads(call("evaluate", same, "--reference", reference, "--bins", 5, "--json", "--seed", 3)[1])
     assert again == found
+
+
+def test_help_names_arguments_and_lists_every_score():
+    from typer.testing import CliRunner
+
+    from cluster.cli import app
+
+    found = CliRunner().invoke(app, ["evaluate", "--help"], env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"}).stdout
+    assert all(name in found for name in ("SAMPLES", "REF", "FOLDER", *SCORES))
+    assert "…" not in found
+
+
+def test_a_place_where_nothing_is_names_what_there_may_be(call, array_file):
+    code, _, err = call("evaluate", "nonexist.npy", "--reference", array_file(np.zeros((9, 2)), "r.npy"))
+    assert code == 2
+    assert err.strip().startswith("manymodes: nonexist.npy: nothing is there: check the path, or give shards")
+    assert "models:/NAME@ALIAS" in err
 
 
 def test_evaluate_finds_a_missing_mode_and_writes_a_report(call, array_file, tmp_path):

@@ -29,19 +29,11 @@ def ran(study, labels, out):
         reproduce._run_one(study, member, document, packs[member.label].base, 0, str(out), BOARD, False)
         return [reproduce._outcome(reproduce.member_folder(str(out), member.label, 0), 0)]
 
-    for member in study.prerequisites:  # measured by nobody
-        _judge(member, recipes, packs, out)
+    for member in study.prerequisites:
+        run(member)
     study.prepare(str(out), {member.label: packs[member.label] for member in members}, lambda text: None)
     outcomes = {member.label: run(member) for member in members}
     return outcomes, reproduce.study_table(study, members, outcomes)
-
-
-def _judge(member, recipes, packs, out):
-    from trainer.checkpoint import save_model
-
-    recipe, manifest = recipes[member.label], packs[member.label]
-    folder = f"{reproduce.member_folder(str(out), member.label, 0)}/model"
-    save_model(folder, recipe.model.build(manifest), recipe.model.family, manifest, dequantised=False)
 
 
 def test_clusters_samples_and_ways_between_gaussians(tmp_path):

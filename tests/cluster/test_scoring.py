@@ -175,6 +175,42 @@ def test_one_yardstick_for_many_evaluations(sets):
     assert "different bins" in str(refused.exception)
 
 
+def test_shapes_are_matched_or_refused_with_the_remedy_before_anything_is_fitted(sets, monkeypatch):
+    x = np.load("same.npy")
+    np.save("bare.npy", x[..., 0])
+    for reference in ("known.npz", "ref"):
+        run("reference", "known.npz", "--out", "ref", *FEW)
+        same, bare = (
+            json.loads(run("evaluate", name, "--reference", reference, *FEW, "--json").stdout)
+            for name in ("same.npy", "bare.npy")
+        )
+        assert bare["per_bin"] == same["per_bin"]
+        assert bare["protocol"]["samples_reshaped_from"] == [8, 8]
+    back = run("evaluate", "same.npy", "--reference", "bare.npy", *FEW)
+    assert back.exit_code == 0, back.exception
+    np.save("flat.npy", x.reshape(500, 64))
+    np.save("colour.npy", np.random.default_rng(0).random((50, 32, 32, 3)).astype(np.float32))
+    monkeypatch.setattr("cluster.scoring.fit_reference", None)
+    refused = str(run("evaluate", "flat.npy", "--reference", "known.npz", *FEW).exception)
+    assert "[n, 64], but the reference is [n, 8, 8, 1]: save them as x.reshape(-1, 8, 8, 1)" in refused
+    for place in ("known.npz", "ref"):
+        assert "give --size 8 --grey, " in str(run("evaluate", "colour.npy", "--reference", place, *FEW).exception)
+
+
+def test_a_warning_where_pixels_use_little_of_their_range(sets):
+    rng = np.random.default_rng(0)
+    np.save("dim.npy", rng.integers(0, 17, (400, 8, 8)).astype(np.uint8))
+    np.save("float.npy", (rng.integers(0, 17, (400, 8, 8)) / 255).astype(np.float32))
+    found = run("evaluate", "dim.npy", "--reference", "dim.npy", *FEW, "--json")
+    told = "values reach only 16 of 255, by which they are divided: if 16 is meant to be white"
+    assert found.stderr.count(f"warning: dim.npy: {told}") == 2
+    protocol = json.loads(found.stdout)["protocol"]
+    assert protocol["samples_reach"].startswith(told)
+    assert protocol["reference_reach"].startswith(told)
+    found = run("evaluate", "float.npy", "--reference", "float.npy", *FEW, "--json")
+    assert "reach" not in found.stderr + found.stdout
+
+
 def test_several_numbers_of_bins_and_a_report_in_one_call(sets):
     found = run(
         *("compare", "same.npy", "part.npy", "--reference", "known.npz", "--bins", "5,10,15", "--n-init", 1),
@@ -245,7 +281,7 @@ def test_results_per_sample_and_the_missing_bins(sets):
     assert min(rows["distance"]) >= 0
     assert all(key.startswith("train/") for key in rows["nearest_in_subset"])
     assert set(rows["label"]) == {None}
-    missing = [e for e in result["per_bin"] if e["flagged"] and e["direction"] == "missing"]
+    missing = [e for e in result["per_bin"] if e["direction"] in ("missing", "fewer")]
     listed = pq.read_table("missing/missing.parquet").to_pydict()
     packed = open_partitions("missing/shards", split="train")
     assert missing
@@ -293,7 +329,7 @@ def test_what_cannot_be_done_is_refused_before_the_samples_are_read(sets, monkey
         "evaluate", "known.npz", "--reference", "known.npz", *FEW, "--export-missing", "out", "--report", "r.html"
     )
     assert whole.exit_code == 0, whole.exception
-    assert "no bin is missing" in whole.output
+    assert "none is missing: nothing is exported" in whole.output
     assert (sets / "r.html").exists()
 
 

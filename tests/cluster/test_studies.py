@@ -1,11 +1,16 @@
 """The planted-collapse study by its command: power where a mode is plainly gone, honest false alarms, clear errors."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 from scipy import stats
+
+from cluster.studies import Plan, Study
+from eval.planted import Measuring
+from eval.power import Power
 
 QUICK = ("--splits", 8, "--calibration", 19, "--bins", 8, "--n-init", 1, "--subsample", 60, "--keep", "0,0.5")
 
@@ -49,6 +54,23 @@ def test_a_missing_mode_is_noticed_and_alarms_are_honest(call, blobs, tmp_path):
     page = (tmp_path / "study/study.html").read_text()
     assert "Power against planted collapse" in page
     assert "By class: NDB, Holm" in page
+
+
+def test_the_headline_names_the_strongest_of_the_scores_that_keep_to_their_level():
+    def power(rate, false):
+        return Power([rate], [0.01], [[rate]], [[0.01]], false, 0.03, 0.05, 20, 0.0)
+
+    powers = {"fid": power(0.9, 0.2), "kid": power(0.8, 0.1), "js": power(0.5, 0.0)}
+    plan = Plan(keep=(0.0,), splits=20, measuring=Measuring(tuple(powers)))
+    told = Study(plan, {}, powers, {}, {}).finding()
+    assert told.startswith("The score that notices most often is KID: 0.80")
+    assert "0.10 ± 0.03, where 0.05 is allowed. Miscalibrated, and left out of this: FID (0.20)" in told
+    told = Study(plan, {}, {"fid": power(0.9, 0.2)}, {}, {}).finding()
+    assert told.startswith("No score keeps to the allowed rate")
+    # One alarm in five sets says nothing about a rate of 0.05.
+    told = Study(replace(plan, splits=5), {}, powers, {}, {}).finding()
+    assert "name no best score" in told
+    assert "at least 20 splits" in told
 
 
 def test_the_seed_fixes_every_value(call, blobs, tmp_path):

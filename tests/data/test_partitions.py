@@ -1,4 +1,5 @@
 import io
+import math
 import os
 import tarfile
 
@@ -10,7 +11,7 @@ from PIL import Image
 from data import shards
 from data.errors import UserError
 from data.manifest import Manifest, Origin, ShardRecord, SplitRecord, load_manifest
-from data.partitions import PackPartitions, open_partitions, position
+from data.partitions import PackPartitions, ReshapedPartitions, open_partitions, position
 from data.pixels import scale
 from data.sources import SourceOptions, open_source
 
@@ -203,6 +204,12 @@ def test_a_partition_alone_holds_the_same_samples(tmp_path, monkeypatch, pixels,
     source = open_source(f"array:{tmp_path / 'x.npy'}", SourceOptions(test_fraction=0, shuffle=False))
     shards.pack(source, str(tmp_path / "pack"), rows_per_block=3)
     parts = open_partitions("digits" if place == "digits" else str(tmp_path / place), split="train")
+    flat = ReshapedPartitions(parts, (math.prod(parts.shape),))
+    assert (flat.sizes, flat.lasting, flat.levels) == (parts.sizes, parts.lasting, parts.levels)
+    last = len(parts) - 1
+    alone = cloudpickle.loads(cloudpickle.dumps(flat.only(last)))
+    found = np.concatenate([piece.x for piece in alone.pieces(last)])
+    np.testing.assert_array_equal(found, np.concatenate([p.x.reshape(len(p.x), -1) for p in parts.pieces(last)]))
     for number in range(len(parts)):
         one = cloudpickle.loads(cloudpickle.dumps(parts.only(number)))
         for a, b in zip(one.pieces(number), parts.pieces(number), strict=True):

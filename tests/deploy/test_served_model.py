@@ -15,6 +15,7 @@ from data.errors import UserError
 from deploy.registry import register_model
 from deploy.sources import write_sources
 from trainer.checkpoint import save_model
+from trainer.models.autoencoder import Autoencoder
 from trainer.models.classifier import Classifier
 from trainer.tracking import mlflow_at, start_run
 
@@ -96,7 +97,7 @@ def test_what_it_cannot_do_is_refused(loaded, x):
     _, served = loaded
     codes = np.zeros((1, 6))
     refused = [
-        (x, {"task": "features"}, "can do log_prob, responsibilities, sample, inpaint, encode, decode"),
+        (x, {"task": "features"}, "can do log_prob, responsibilities, encode, sample, inpaint, decode"),
         (np.where(x > 0.5, np.nan, x), {}, "NaN"),
         (np.full_like(x, np.inf), {"task": "inpaint"}, "infinite"),
         (x[:, :63], {}, "shape"),
@@ -144,11 +145,24 @@ def test_a_consumer_without_manymodes_asks_everything(shelf, digits_pack, tmp_pa
     run = start_run(shelf.uri, "shelf", "run", params={}, tags={})
     options = {"alias": "candidate", "tracking_uri": shelf.uri, "run_id": run, "scores": {}}
     register_model(str(tmp_path / "network"), name="classifier", **options)
+    prior = {"kind": "mixture", "size": 2}  # whose numbers travel with the weights
+    coder = Autoencoder([8, 8, 1], 6, prior, 8, width=4, bounded=True, precision="bfloat16")
+    save_model(str(tmp_path / "coder"), coder, "autoencoder", digits_pack, dequantised=False)
+    register_model(str(tmp_path / "coder"), name="autoencoder", **options)
     elsewhere = tmp_path / "elsewhere"
-    for name in ("mixture", "classifier"):
+    for name in ("mixture", "classifier", "autoencoder"):
         (elsewhere / name).mkdir(parents=True)
     found = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(CONSUMER), shelf.uri, str(elsewhere), "mixture", "classifier"],
+        [
+            sys.executable,
+            "-c",
+            textwrap.dedent(CONSUMER),
+            shelf.uri,
+            str(elsewhere),
+            "mixture",
+            "classifier",
+            "autoencoder",
+        ],
         cwd=elsewhere,
         capture_output=True,
         text=True,
@@ -165,6 +179,9 @@ def test_a_consumer_without_manymodes_asks_everything(shelf, digits_pack, tmp_pa
         "mixture decode": [3, 8, 8, 1],
         "classifier probabilities": [3, 10],
         "classifier features": [3, 16],
+        "autoencoder encode": [3, 6],
+        "autoencoder sample": [1, 8, 8, 1],
+        "autoencoder decode": [3, 8, 8, 1],
         "modules": [],
     }
 

@@ -162,7 +162,7 @@ def test_what_is_refused_gets_a_status_and_a_message(server):
         ("log_prob", {"inputs": [[1e39] * 64]}, "too large"),
         ("log_prob", {"inputs": [[10**400] * 64]}, "numbers|too large"),
         ("log_prob", {"inputs": [[None] * 64]}, "only /inpaint"),
-        ("log_prob", {"inputs": [0.5] * 64}, "shape"),
+        ("log_prob", {"inputs": [0.5] * 64}, r"shape \[64\]: give \[n, 64\] or \[n, 8, 8, 1\]"),
         ("log_prob", {"inputs": {"a": 1}}, "list of samples"),
         ("log_prob", {"input": []}, "unknown field 'input'"),
         ("log_prob", [], "JSON object"),
@@ -205,6 +205,18 @@ def test_a_body_that_does_not_come_is_given_up(monkeypatch):
     with pytest.raises(Refused, match="has not come") as caught:
         asyncio.run(asyncio.wait_for(server._respond(Request(scope, never), "/score"), 20))
     assert caught.value.status == 408
+
+
+def test_health_names_the_tasks_that_have_a_route():
+    from starlette.requests import Request
+
+    from deploy.serving import application
+
+    server = object.__new__(application.ModelServer)
+    server.label, server.served = "m", SimpleNamespace(tasks=["log_prob", "responsibilities", "sample"])
+    scope = {"type": "http", "method": "GET", "path": "/health", "headers": []}
+    found = asyncio.run(server._respond(Request(scope), "/health"))
+    assert json.loads(found.body)["tasks"] == ["sample", "score"]
 
 
 def test_one_bad_job_of_a_batch_fails_alone(shelf):

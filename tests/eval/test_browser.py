@@ -26,6 +26,9 @@ PROBE = """<script>addEventListener("load", () => { document.documentElement.set
   width: innerWidth, scroll: document.scrollingElement.scrollWidth,
   images: [...document.images].map(i => [i.complete, i.naturalWidth, i.getBoundingClientRect().width]),
   tables: [...document.querySelectorAll("table")].length,
+  cut: [...document.querySelectorAll(".scroll")].filter(e => e.scrollWidth > e.clientWidth).map(e => e.ariaLabel),
+  hints: [...document.querySelectorAll(".sideways")].filter(e => e.checkVisibility()).length,
+  sideways: [...document.querySelectorAll(".picture")].filter(e => e.scrollWidth > e.clientWidth).length,
 })) })</script></head>"""
 
 
@@ -75,7 +78,10 @@ def test_pictures_show_and_fit_the_window(browser, report, tmp_path, width):
     assert len(found["images"]) == html.count("<img")
     assert all(complete and natural > 50 and drawn > 50 for complete, natural, drawn in found["images"])
     assert found["tables"] >= 3
-    # Wide tables and pictures scroll in boxes of their own; the page itself does not.
+    # No value of a table is out of sight, and what pictures scroll say so.
+    assert found["cut"] == []
+    assert found["sideways"] == found["hints"] == (0 if width == 1280 else html.count('class="sideways"'))
+    # Wide pictures scroll in boxes of their own; the page itself does not.
     assert found["scroll"] <= found["width"]
 
 

@@ -73,11 +73,25 @@ def test_planted_missing_mode_is_flagged_and_comes_first():
     samples[7], samples[3] = 0, 320
     result = score(reference, samples, z_threshold=3.0)
     assert list(np.flatnonzero(result.flagged)) == [3, 7]
-    assert (result.direction(7), result.direction(3)) == ("missing", "over-represented")
+    assert (result.direction(7), result.direction(3)) == ("missing", "more")
     listed = json.loads(json.dumps(result.to_dict(), allow_nan=False))["per_bin"]
     assert [row["bin"] for row in listed[:2]] == [7, 3]
     assert listed[0]["direction"] == "missing"
     assert len(listed) == 20
+
+
+def test_a_bin_is_missing_where_it_is_all_but_empty_and_without_direction_where_it_is_not_flagged():
+    reference = np.full(5, 2000)
+    result = score(reference, np.array([200, 199, 1460, 2000, 3100]), z_threshold=3.0)
+    # Of 6,959 samples; a tenth of the reference's share is 139 samples.
+    assert [result.direction(k) for k in range(5)] == ["fewer", "fewer", "equal", "more", "more"]
+    thinner = score(reference, np.array([200, 100, 1460, 2000, 3100]), z_threshold=3.0)
+    assert [thinner.direction(k) for k in range(2)] == ["fewer", "missing"]
+    assert thinner.fewer() == [1, 0]
+    assert thinner.told() == "1 missing, 1 with fewer samples, 2 with more"
+    # z = -1.3 is no finding.
+    close = score(reference, np.array([2009, 1940, 2009, 2009, 2009]))
+    assert {row["direction"] for row in close.to_dict()["per_bin"]} == {"equal"}
 
 
 def test_z_threshold_and_significance_are_one_rule():

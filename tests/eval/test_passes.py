@@ -12,7 +12,7 @@ from data.errors import UserError
 from data.partitions import MemoryPartitions, Piece, position
 from eval.bins import BinCounts, Bins, BinSettings, CentreSums, fit_bins, label_bins
 from eval.comparison import Comparison, judge_set
-from eval.comparison_report import row_sections, scores_table
+from eval.comparison_report import bins_table, row_sections, scores_table
 from eval.evaluate import Rule
 from eval.features import Extractor
 from eval.measure import View, local_pass, observe_partition
@@ -259,9 +259,9 @@ def test_a_score_that_cannot_be_taken_aborts_no_other():
     assert "samples are not at hand" in told["memorised"]
     assert row.scores[2].name == "sharpness"
     assert np.isfinite(row.scores[2].value)
-    cells = scores_table(Comparison(reference, [row])).rows
-    assert [row[2] for row in cells[:2]] == ["not taken"] * 2
-    assert "not taken: at least 10" in cells[1][-1]
+    table = scores_table(Comparison(reference, [row]))
+    assert [row[2] for row in table.rows[:2]] == ["not taken"] * 2
+    assert "not taken: at least 10" in table.details[1]
     json.dumps(row.to_dict(), allow_nan=False)
     with pytest.raises(UserError, match="few: kid: at least 10"):
         judged("sharpness", "kid", explicit=True)
@@ -280,11 +280,16 @@ def test_the_table_tells_how_each_set_was_scored():
     reference = fit_reference(known, local_pass(known), [SETTINGS], scores)
     sets = {"large": samples(seed=2), "small": samples(60, seed=3)}
     rows = [judge_set(x, local_pass(x), reference, name=name, rule=Rule(), scores=scores) for name, x in sets.items()]
-    cells = {row[0]: row for row in scores_table(Comparison(reference, rows)).rows}
-    assert cells["recall"][-1] == ("large: 100 and 100 samples, 3 neighbours; small: 100 and 60 samples, 3 neighbours")
-    assert "/" in cells["recall"][-2]
+    table = scores_table(Comparison(reference, rows))
+    cells, told = {row[0]: row for row in table.rows}, dict(zip((row[0] for row in table.rows), table.details))
+    # What holds for all sets is said once.
+    assert told["recall"] == "3 neighbours; large: 100 and 100 samples; small: 100 and 60 samples"
+    assert "/" in cells["recall"][-1]
     assert cells["memorised"][2:4] == ["not taken", "not taken"]
-    assert cells["memorised"][-1].startswith("not taken: the reference's samples")
+    assert told["memorised"].startswith("not taken: the reference's samples")
+    sizes = f"differ in size (60 to {sets['large'].n} samples)"
+    assert sizes in bins_table(Comparison(reference, rows)).note
+    assert "differ in size" not in bins_table(Comparison(reference, rows[:1])).note
 
 
 def test_two_parts_of_the_reference_score_as_a_perfect_model_does():

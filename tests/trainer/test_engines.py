@@ -34,8 +34,8 @@ def settings_for(engine, optimiser="adam", clip=None, steps=STEPS):
 def starting_model(seed):
     """Not the same on every rank: the engine must give all of them rank 0's."""
     torch.manual_seed(seed)
-    model = MFA(4, 64, 3)
-    model.set_components(torch.ones(4), torch.rand(4, 64), torch.randn(4, 64, 3) * 0.1, torch.full((4, 64), 0.05))
+    model = MFA(3, 64, 3)  # an odd number of logits, which two ranks cannot share evenly
+    model.set_components(torch.ones(3), torch.rand(3, 64), torch.randn(3, 64, 3) * 0.1, torch.full((3, 64), 0.05))
     model.set_noise_prior(3.0, torch.full((64,), 0.05))
     return model
 

@@ -413,7 +413,7 @@ def test_bfloat16_products_are_for_training_alone():
         ({"network": "conv"}, (8,), None, "model.network=mlp"),
         ({"logit": 0.05}, (4,), None, "model.logit=null"),
         ({"affine": "none"}, (1,), None, "model.affine=diagonal"),
-        ({"pretrain_steps": 5}, (4,), None, "no labels"),
+        ({"pretrain_steps": 5, "n_components": 2}, (4,), None, "no labels"),
     ],
 )
 def test_data_that_a_flow_cannot_be_trained_on(options, shape, levels, part, tmp_path, array_file):

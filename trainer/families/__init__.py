@@ -9,6 +9,7 @@ from typing import Annotated, Any, get_args
 
 from pydantic import Discriminator, Tag
 
+from trainer.families.autoencoder import AutoencoderSettings
 from trainer.families.classifier import ClassifierSettings
 from trainer.families.flow import FlowSettings
 from trainer.families.gan import GANSettings
@@ -31,7 +32,8 @@ ModelSettings = Annotated[
     | Annotated[GANSettings, Tag("gan")]
     | Annotated[LatentMixtureSettings, Tag("latent_mixture")]
     | Annotated[Pix2PixSettings, Tag("pix2pix")]
-    | Annotated[ResponsibilitySettings, Tag("responsibility")],
+    | Annotated[ResponsibilitySettings, Tag("responsibility")]
+    | Annotated[AutoencoderSettings, Tag("autoencoder")],
     Discriminator(_family, custom_error_type="unknown_family", custom_error_message="unknown family"),
 ]
 

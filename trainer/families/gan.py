@@ -25,6 +25,7 @@ class GANSettings(FamilySettings):
 
     noun: ClassVar[str] = "generator"
     loss: ClassVar[str] = "generator's loss"
+    loss_unit: ClassVar[str] = ""
     sections: ClassVar[tuple[str, ...]] = ("evaluation",)
 
     family: Literal["gan"] = Field("gan", description="model family; one file in trainer/models each")

@@ -74,14 +74,31 @@ class Classifier(nn.Module):
         Raises:
             ValueError: x does not have n_features values per sample.
         """
+        return self.body(self._inputs(x))
+
+    def activations(self, x: Tensor) -> list[Tensor]:
+        """Activations of every hidden layer, as [batch, channels, height, width] or [batch, n_hidden].
+
+        Raises:
+            ValueError: as `features`.
+        """
+        h, found = self._inputs(x), []
+        for layer in self.body:
+            h = layer(h)
+            if isinstance(layer, nn.ReLU):
+                found.append(h)
+        return found
+
+    def _inputs(self, x: Tensor) -> Tensor:
+        """Samples x [batch, ...] as the first layer takes them."""
         flat = x.flatten(1).to(self.head.weight.dtype)
         if flat.shape[1] != self.n_features:
             raise ValueError(f"samples have {flat.shape[1]} features, the model has {self.n_features}")
         depth = len(self.offset)
         columns = (flat.unflatten(1, (self.n_features // depth, depth)) - self.offset) / self.scale
         if not self.is_image:
-            return self.body(columns.flatten(1))
-        return self.body(columns.unflatten(1, self.shape[:2]).permute(0, 3, 1, 2))
+            return columns.flatten(1)
+        return columns.unflatten(1, self.shape[:2]).permute(0, 3, 1, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [batch, n_classes] for x [batch, ...]."""
