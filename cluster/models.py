@@ -157,7 +157,8 @@ def open_model(place: str, tracking_uri: str | None = None) -> LocalModel:
     opened = LocalModel(folder)
     if hasattr(opened.model, "probabilities"):
         return LocalClassifier(folder)
-    return LocalAutoencoder(folder) if hasattr(opened.model, "prior") else opened
+    has_codes = all(hasattr(opened.model, name) for name in ("encode", "prior"))
+    return LocalAutoencoder(folder) if has_codes else opened
 
 
 def open_mixture(place: str, tracking_uri: str | None = None) -> LocalModel:

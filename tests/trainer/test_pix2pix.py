@@ -187,3 +187,26 @@ def test_a_recipe_takes_its_mixture_from_a_folder(tmp_path, manifest_for):
     recipe.model.mixture = str(tmp_path / "nothing")
     with pytest.raises(UserError, match="no model there"):
         settle_mixture(recipe, str(tmp_path / "job"), "")
+
+
+def test_a_mixture_of_the_registry_is_copied_once(tmp_path, manifest_for, monkeypatch):
+    """A job that goes on does so with the version that it began with."""
+    from cluster import models
+
+    opened, asked = models.open_mixture, []
+    registry = tmp_path / "registry"
+    save_model(
+        str(registry), random_mfa(2, 784, 1, dtype=torch.float32), "mfa", manifest_for((28, 28, 1)), dequantised=False
+    )
+
+    def open_mixture(place, tracking_uri=None):
+        asked.append(place)
+        return opened(str(registry) if place.startswith("models:") else place)
+
+    monkeypatch.setattr(models, "open_mixture", open_mixture)
+    for _ in range(2):
+        recipe = load_recipe("mfa-pix2pix-mnist", ["model.mixture=models:/mnist-mfa@champion"])
+        settle_mixture(recipe, str(tmp_path / "job"), "sqlite:///none.db")
+        assert recipe.model.mixture == str(tmp_path / "job" / "mixture")
+    assert asked.count("models:/mnist-mfa@champion") == 1
+    assert load_model(recipe.model.mixture)[0].n_components == 2
