@@ -11,6 +11,7 @@ from typing import Any
 
 from cluster.hierarchy import component_folder, flatten, route_samples, save_trained, train_sub_mixtures
 from cluster.job import Job, connect, exclusive
+from cluster.models import settle_mixture
 from cluster.progress import Stages, console, remote_progress
 from cluster.recipe import Recipe
 from cluster.session import probe
@@ -74,6 +75,7 @@ def trained_model(
         tracking.probe(uri)
         with stages.stage("pack shards", unit="samples") as advance:
             manifest = _packed(recipe, folder, advance)
+        settle_mixture(recipe, folder, uri)
         _can_be_trained(recipe, manifest)
         check(manifest)
         job = Job.find(folder, recipe)

@@ -157,7 +157,8 @@ def open_model(place: str, tracking_uri: str | None = None) -> LocalModel:
     opened = LocalModel(folder)
     if hasattr(opened.model, "probabilities"):
         return LocalClassifier(folder)
-    return LocalAutoencoder(folder) if hasattr(opened.model, "prior") else opened
+    has_codes = all(hasattr(opened.model, name) for name in ("encode", "prior"))
+    return LocalAutoencoder(folder) if has_codes else opened
 
 
 def open_mixture(place: str, tracking_uri: str | None = None) -> LocalModel:
@@ -193,3 +194,25 @@ def open_classifier(place: str, tracking_uri: str | None = None) -> LocalClassif
     if not isinstance(opened, LocalClassifier):
         raise UserError(f"{place}: a model of the family {opened.document['family']} is no classifier: give one")
     return opened
+
+
+def settle_mixture(recipe: Any, folder: str, tracking_uri: str) -> None:
+    """Makes the mixture that a recipe's model builds on a folder that all nodes reach; most build on none.
+
+    One of the registry is copied to `folder`, once: a job that goes on does so with the same version.
+
+    Raises:
+        UserError: no model there, or another one than a mixture.
+    """
+    place = getattr(recipe.model, "mixture", None)
+    if place is None:
+        return
+    if place.startswith("models:"):
+        own = storage.join(folder, "mixture")
+        if not storage.exists(storage.join(own, "model.json")):
+            fetched = open_mixture(place, tracking_uri).folder
+            for name in ("weights.safetensors", "model.json"):  # the second makes it complete
+                with storage.publish(storage.join(own, name)) as handle:
+                    handle.write(storage.read_bytes(storage.join(fetched, name)))
+        place = own
+    recipe.model.mixture = open_mixture(place).folder

@@ -34,7 +34,7 @@ _TASKS = {
     "sample": "draws n samples, fixed by seed",
     "inpaint": "fills in what is NaN: mode map, mean, or sample (n draws of each)",
     "encode": "latent code of each sample (of a mixture: component, then its factors)",
-    "decode": "samples of such codes",
+    "decode": "samples of codes, or of points of a generator's noise",
 }
 _SHOWN = 64
 
@@ -122,7 +122,10 @@ def _how_to_load(entry: Entry, asked: str, model: Any, data: dict[str, Any], tra
         f"x = np.full((3, {width}), 0.5)",
     ]
     for task in tasks:
-        given = 'model.predict(x, params={"task": "encode"})' if task == "decode" else "x"
+        given = "x"
+        if task == "decode":
+            coded = 'model.predict(x, params={"task": "encode"})'
+            given = coded if "encode" in tasks else f"np.zeros((3, {model.n_latent}))"
         options = ', "n": 3, "seed": 1' if task == "sample" else ""
         lines.append(f'print(model.predict({given}, params={{"task": "{task}"{options}}}).shape)')
     rows = [[task, _TASKS[task]] for task in tasks]

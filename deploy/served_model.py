@@ -17,7 +17,8 @@ data frame of samples, [n, d] or [n, *shape], any n from 0 on; what comes back i
                          samples alike, or n·d). `mode`: "map", the conditional mean in the most probable component;
                          "mean", the conditional mean; "sample", draws: [n, draws, *shape] with the parameters `n`
                          (draws of each sample), `seed`, and `noise` (draw the noise of the features, too)
-    decode            -> [n, *shape] float32, for x as `encode` gives it: the sample without its noise
+    decode            -> [n, *shape] float32, for x as `encode` gives it: the sample without its noise; of a generator
+                         that encodes nothing, for points [n, l] of its noise
 
 Every result is a function of x, the parameters and the seed.
 """

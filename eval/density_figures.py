@@ -122,6 +122,24 @@ def training_curves(
     return canvas.png(figure)
 
 
+def scores_by_size(points: Mapping[str, Sequence[tuple[float, Sequence[float]]]], *, label: str) -> bytes:
+    """A score against the number of parameters: for each kind of model, (parameters, values over seeds)."""
+    figure = canvas.new_figure(7.4, 4)
+    axes = figure.add_subplot()
+    canvas.style_axes(axes)
+    for number, (name, found) in enumerate(points.items()):
+        ordered = sorted(found, key=lambda point: point[0])
+        sizes, means = [size for size, _ in ordered], [float(np.mean(values)) for _, values in ordered]
+        spread = [float(np.std(values)) for _, values in ordered]
+        colour = colormaps["tab10"](number % 10)
+        axes.errorbar(sizes, means, spread, color=colour, marker="o", markersize=5, capsize=3, label=name)
+    axes.set_xscale("log")
+    axes.set_xlabel("parameters", fontsize=9, color=canvas.MUTED)
+    axes.set_ylabel(label, fontsize=9, color=canvas.MUTED)
+    axes.legend(fontsize=8.5, frameon=False)
+    return canvas.png(figure)
+
+
 def _grid(n: int, rows_each: int = 1) -> tuple[Figure, list[Axes]]:
     """Axes for n panels, all of one row before those of the next; with `rows_each` 2, one row of each kind a time."""
     columns = min(n, _COLUMNS if rows_each == 1 else n)

@@ -5,9 +5,20 @@ A new one is a file here, and a line in `REPRODUCTIONS`. `cluster.reproduce` run
 
 from __future__ import annotations
 
+from cluster.reproductions.responsibility import (
+    ResponsibilityCompression,
+    ResponsibilityImbalance,
+    ResponsibilityMNIST,
+)
 from cluster.reproductions.study import Reproduction
 from cluster.reproductions.thesis_critics import Critics
 from cluster.reproductions.thesis_mnist import ThesisMNIST
 from cluster.reproductions.thesis_toys import Ring, SwissRoll
 
-REPRODUCTIONS: dict[str, Reproduction] = {each.name: each for each in (Ring(), SwissRoll(), ThesisMNIST(), Critics())}
+REPRODUCTIONS: dict[str, Reproduction] = {
+    each.name: each
+    for each in (
+        *(Ring(), SwissRoll(), ThesisMNIST(), Critics()),
+        *(ResponsibilityMNIST(), ResponsibilityCompression(), ResponsibilityImbalance()),
+    )
+}

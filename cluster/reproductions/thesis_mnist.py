@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 
+from cluster.reproductions.digits import CLASSIFIER, Drawing
 from cluster.reproductions.study import Column, Member, Outcomes, Reproduction, Trained
 from data import storage
 from data.partitions import PackPartitions
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
 _DRAWS, _SHOWN, _BATCH = 10_000, 64, 500
 _SCORES = ScoreSettings(("classes", "sharpness"))
-_CLASSIFIER = Member("classifier", "mnist-classifier")
 
 
 class ThesisMNIST(Reproduction):
@@ -41,7 +41,7 @@ class ThesisMNIST(Reproduction):
     name: ClassVar[str] = "thesis-mnist"
     summary: ClassVar[str] = "flows, mixtures of flows, GAN+ML and MFA on MNIST (Gong 2017, Tables 5.3 and 5.4)"
     source: ClassVar[str] = "W. Gong, MPhil thesis, Cambridge 2017, Tables 5.3 and 5.4, Figures 5.12 to 5.14"
-    prerequisites: ClassVar[tuple[Member, ...]] = (_CLASSIFIER,)
+    prerequisites: ClassVar[tuple[Member, ...]] = (CLASSIFIER,)
     members: ClassVar[tuple[Member, ...]] = (
         Member("single flow, ML", "mnist-flow", printed={"log_likelihood": "1910.31"}),
         Member("single flow, GAN+ML", "mnist-flowgan", printed={"log_likelihood": "1650.53"}),
@@ -98,7 +98,7 @@ class ThesisMNIST(Reproduction):
                 "train_log_likelihood": float(train.mean()),
             }
         samples = DrawnPartitions(
-            *(partial(_Drawing, model), _DRAWS, trained.seed),
+            *(partial(Drawing, model), _DRAWS, trained.seed),
             name="samples",
             identity="model",
             shape=tuple(manifest.shape),
@@ -139,27 +139,12 @@ class ThesisMNIST(Reproduction):
         return shown
 
 
-class _Drawing:
-    """A model in memory, as `DrawnPartitions` asks it."""
-
-    is_density = False
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-
-    def log_prob(self, x: np.ndarray) -> np.ndarray:
-        raise NotImplementedError
-
-    def sample(self, n: int, seed: int) -> np.ndarray:
-        return np.asarray(self.model.sample(n, torch.Generator().manual_seed(seed)).numpy())
-
-
 def _view(out: str) -> View:
     """Pixels for the bins; the classifier's predictions beside them."""
     from cluster.extractors import open_extractor
     from cluster.reproduce import member_folder
 
-    return View(None, open_extractor(f"classifier:{member_folder(out, _CLASSIFIER.label, 0)}"))
+    return View(None, open_extractor(f"classifier:{member_folder(out, CLASSIFIER.label, 0)}"))
 
 
 @torch.no_grad()

@@ -13,7 +13,10 @@ from trainer.families.autoencoder import AutoencoderSettings
 from trainer.families.classifier import ClassifierSettings
 from trainer.families.flow import FlowSettings
 from trainer.families.gan import GANSettings
+from trainer.families.latent_mixture import LatentMixtureSettings
 from trainer.families.mfa import MFASettings
+from trainer.families.pix2pix import Pix2PixSettings
+from trainer.families.responsibility import ResponsibilitySettings
 from trainer.settings import FamilySettings
 
 
@@ -27,6 +30,9 @@ ModelSettings = Annotated[
     | Annotated[ClassifierSettings, Tag("classifier")]
     | Annotated[FlowSettings, Tag("flow")]
     | Annotated[GANSettings, Tag("gan")]
+    | Annotated[LatentMixtureSettings, Tag("latent_mixture")]
+    | Annotated[Pix2PixSettings, Tag("pix2pix")]
+    | Annotated[ResponsibilitySettings, Tag("responsibility")]
     | Annotated[AutoencoderSettings, Tag("autoencoder")],
     Discriminator(_family, custom_error_type="unknown_family", custom_error_message="unknown family"),
 ]

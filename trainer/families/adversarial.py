@@ -41,12 +41,13 @@ class CriticSettings(Settings):
         import torch
 
         from trainer.models.gan import Critic, Generator
+        from trainer.models.latent_mixture import LatentMixture
         from trainer.players import make_player
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(training.seed + _CRITIC_SEED)
             critic: Critic = Critic(manifest.shape, outputs, self.n_hidden, self.n_layers, self.n_shared, self.width)
-        if isinstance(generator, Generator):
+        if isinstance(generator, Generator | LatentMixture):
             critic.set_scale(generator.offset, generator.scale)
         elif manifest.levels is not None:
             critic.set_scale(torch.tensor(0.5), torch.tensor(0.5))

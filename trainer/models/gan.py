@@ -129,7 +129,66 @@ class Generator(nn.Module):
         return torch.randn(n, self.n_latent, generator=generator, dtype=self.offset.dtype, device=self.offset.device)
 
 
-class Critic(nn.Module):
+class Encoder(nn.Module):
+    """Features of samples x: hidden layers after, for images whose sides can be halved, strided convolutions.
+
+    Args:
+        shape: of a sample, as the generator's.
+        n_hidden: units of a hidden layer.
+        n_layers: hidden layers with ReLU.
+        width: images: channels of the first convolution; each stage has twice as many, eight times at most.
+    """
+
+    def __init__(self, shape: Sequence[int], n_hidden: int = 100, n_layers: int = 4, width: int = 32) -> None:
+        super().__init__()
+        self.shape = tuple(int(size) for size in shape)
+        if not self.shape or min(*self.shape, n_hidden, width) < 1 or n_layers < 0:
+            raise ValueError("an encoder needs a shape, n_hidden and width >= 1, and n_layers >= 0")
+        self.n_features, self.n_hidden, self.width = math.prod(self.shape), n_hidden, width
+        self.halvings, columns = halvings(self.shape), _columns(self.shape)
+        self.offset: Tensor
+        self.scale: Tensor
+        self.register_buffer("offset", torch.zeros(columns))
+        self.register_buffer("scale", torch.ones(columns))
+        trunk: list[nn.Module] = []
+        size = self.n_features
+        if self.halvings:
+            trunk, size = self._convolutions(columns)
+        sizes = [size, *[n_hidden] * n_layers]
+        for pair in pairwise(sizes):
+            trunk += [nn.Linear(*pair), nn.ReLU()]
+        self.trunk = nn.Sequential(*trunk)
+        self.n_outputs = sizes[-1]
+
+    def _convolutions(self, channels: int) -> tuple[list[nn.Module], int]:
+        layers: list[nn.Module] = []
+        for stage in range(self.halvings):
+            wide = self.width << min(stage, _MOST_DOUBLINGS)
+            layers += [nn.Conv2d(channels, wide, 4, stride=2, padding=1), *([_norm(wide)] if stage else [])]
+            layers.append(nn.LeakyReLU(0.2))
+            channels = wide
+        return [*layers, nn.Flatten()], channels * math.prod(size >> self.halvings for size in self.shape[:2])
+
+    @torch.no_grad()
+    def set_scale(self, offset: Tensor, scale: Tensor) -> None:
+        """Makes the network see (x - offset) / scale, for values per channel of images, else per feature."""
+        self.offset.copy_(offset)
+        self.scale.copy_(scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The features [batch, n_outputs] of x [batch, ...].
+
+        Raises:
+            ValueError: x does not have n_features values per sample.
+        """
+        flat = x.flatten(1)
+        if flat.shape[1] != self.n_features:
+            raise ValueError(f"samples have {flat.shape[1]} features, the network has {self.n_features}")
+        h = (flat.unflatten(1, (-1, len(self.offset))) - self.offset) / self.scale
+        return self.trunk(h.unflatten(1, self.shape[:2]).permute(0, 3, 1, 2) if self.halvings else h.flatten(1))
+
+
+class Critic(Encoder):
     """f_1(x), ..., f_T(x): one critic, a mixture of T with shared first layers, or an embedding in T dimensions.
 
     The T networks are batched matrix products. Images whose sides can be halved first go through convolutions, which
@@ -153,38 +212,14 @@ class Critic(nn.Module):
         n_shared: int = 0,
         width: int = 32,
     ) -> None:
-        super().__init__()
-        self.shape = tuple(int(size) for size in shape)
-        if not self.shape or min(*self.shape, n_critics, n_hidden, width) < 1 or not 0 <= n_shared <= n_layers:
+        if not shape or min(*shape, n_critics, n_hidden, width) < 1 or not 0 <= n_shared <= n_layers:
             raise ValueError(
                 "a critic needs a shape, n_critics, n_hidden and width >= 1, and n_shared from 0 to n_layers"
             )
-        self.n_critics, self.n_features = n_critics, math.prod(self.shape)
-        self.n_hidden, self.n_layers, self.n_shared, self.width = n_hidden, n_layers, n_shared, width
-        self.halvings, columns = halvings(self.shape), _columns(self.shape)
-        self.offset: Tensor
-        self.scale: Tensor
-        self.register_buffer("offset", torch.zeros(columns))
-        self.register_buffer("scale", torch.ones(columns))
-        trunk: list[nn.Module] = []
-        size = self.n_features
-        if self.halvings:
-            trunk, size = self._convolutions(columns)
-        sizes = [size, *[n_hidden] * n_layers]
-        for pair in pairwise(sizes[: n_shared + 1]):
-            trunk += [nn.Linear(*pair), nn.ReLU()]
-        self.trunk = nn.Sequential(*trunk)
-        own = [*sizes[n_shared:], 1]
+        super().__init__(shape, n_hidden, n_shared, width)
+        self.n_critics, self.n_layers, self.n_shared = n_critics, n_layers, n_shared
+        own = [self.n_outputs, *[n_hidden] * (n_layers - n_shared), 1]
         self.heads = nn.ModuleList(_BatchedLinear(n_critics, *pair) for pair in pairwise(own))
-
-    def _convolutions(self, channels: int) -> tuple[list[nn.Module], int]:
-        layers: list[nn.Module] = []
-        for stage in range(self.halvings):
-            wide = self.width << min(stage, _MOST_DOUBLINGS)
-            layers += [nn.Conv2d(channels, wide, 4, stride=2, padding=1), *([_norm(wide)] if stage else [])]
-            layers.append(nn.LeakyReLU(0.2))
-            channels = wide
-        return [*layers, nn.Flatten()], channels * math.prod(size >> self.halvings for size in self.shape[:2])
 
     @property
     def config(self) -> dict[str, Any]:
@@ -198,24 +233,13 @@ class Critic(nn.Module):
             "width": self.width,
         }
 
-    @torch.no_grad()
-    def set_scale(self, offset: Tensor, scale: Tensor) -> None:
-        """Makes the network see (x - offset) / scale, for values per channel of images, else per feature."""
-        self.offset.copy_(offset)
-        self.scale.copy_(scale)
-
     def forward(self, x: Tensor) -> Tensor:
         """The critics' values [batch, n_critics] for x [batch, ...].
 
         Raises:
             ValueError: x does not have n_features values per sample.
         """
-        flat = x.flatten(1)
-        if flat.shape[1] != self.n_features:
-            raise ValueError(f"samples have {flat.shape[1]} features, the critic has {self.n_features}")
-        h = (flat.unflatten(1, (-1, len(self.offset))) - self.offset) / self.scale
-        h = h.unflatten(1, self.shape[:2]).permute(0, 3, 1, 2) if self.halvings else h.flatten(1)
-        h = self.trunk(h).expand(self.n_critics, -1, -1)
+        h = super().forward(x).expand(self.n_critics, -1, -1)
         for number, layer in enumerate(self.heads):
             h = layer(h.relu() if number else h)
         return h.squeeze(2).T

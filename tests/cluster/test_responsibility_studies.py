@@ -1,0 +1,78 @@
+"""Studies of responsibility learning, a few steps of each: what is measured and drawn, and what is missing."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from cluster import reproduce
+from cluster.reproductions import REPRODUCTIONS
+from cluster.reproductions.digits import missing_digits
+from data.shards import pack
+from data.sources import open_source
+
+SMALL = ("data.source=digits", "training.steps=3", "training.log_every=1")
+BOARD = SimpleNamespace(count=SimpleNamespace(remote=lambda *arguments: None))
+
+
+def ran(study, labels, out):
+    """The study's outcomes and table, of its classifier and some members, trained in this process."""
+    members = [member for member in study.members if member.label in labels]
+    recipes = {each.label: reproduce._recipe(each, SMALL) for each in (*study.prerequisites, *members)}
+    packs = {
+        label: pack(open_source("digits", recipe.data.options), f"{out}/shards-{number}", rows_per_block=500)
+        for number, (label, recipe) in enumerate(recipes.items())
+    }
+
+    def run(member):
+        document = recipes[member.label].model_dump(mode="json")
+        reproduce._run_one(study, member, document, packs[member.label].base, 0, str(out), BOARD, False)
+        return [reproduce._outcome(reproduce.member_folder(str(out), member.label, 0), 0)]
+
+    for member in study.prerequisites:
+        run(member)
+    study.prepare(str(out), {member.label: packs[member.label] for member in members}, lambda text: None)
+    outcomes = {member.label: run(member) for member in members}
+    return outcomes, reproduce.study_table(study, members, outcomes)
+
+
+def test_clusters_samples_and_ways_between_gaussians(tmp_path):
+    study = REPRODUCTIONS["responsibility-mnist"]
+    labels = ["responsibility GAN", "DeLiGAN", "MFA, K=10"]
+    outcomes, table = ran(study, labels, tmp_path)
+    found = outcomes["responsibility GAN"][0]
+    assert {"accuracy", "information", "purity", "used", "frechet", "ndb", "sample_purity"} <= found.metrics.keys()
+    assert 0.1 <= found.metrics["accuracy"] <= found.metrics["purity"] <= 1
+    assert found.metrics["kmeans_accuracy"] > 0.6
+    assert "start/accuracy" in found.metrics
+    assert outcomes["MFA, K=10"][0].metrics["accuracy"] > 0.5
+    assert "accuracy" not in outcomes["DeLiGAN"][0].metrics
+    assert 0.1 <= outcomes["DeLiGAN"][0].metrics["least_sample_purity"] <= 1
+    assert [found.drawn[key].shape for key in ("each", "paths", "triangle")] == [
+        *((100, 8, 8, 1), (100, 8, 8, 1), (81, 8, 8, 1)),
+    ]
+    assert (found.drawn["triangle"][1] == 1).all()  # right of the upper corner there is nothing
+    titles = [figure.title for figure in study.figures(outcomes)]
+    assert "responsibility GAN: three Gaussians" in titles
+    assert "Gaussians in use" in titles
+    assert len(table.cells()) == 3
+
+
+def test_imbalance_and_compression(tmp_path):
+    study = REPRODUCTIONS["responsibility-imbalance"]
+    outcomes, _ = ran(study, ["Gaussian (DCGAN)", "responsibility GAN"], tmp_path / "i")
+    metrics = outcomes["responsibility GAN"][0].metrics
+    assert sum(metrics[f"digit_{digit}"] for digit in range(10)) == pytest.approx(1)
+    assert metrics["missing_digits"] in range(11)
+    study = REPRODUCTIONS["responsibility-compression"]
+    outcomes, _ = ran(study, ["DCGAN, width 4", "responsibility GAN, width 8"], tmp_path / "c")
+    sizes = [found[0].metrics["parameters"] for found in outcomes.values()]
+    assert sizes[0] < sizes[1]
+    assert any("parameters" in figure.title for figure in study.figures(outcomes))
+
+
+def test_digits_below_a_fifth_of_their_due_are_missing():
+    due = np.array([900, 50, 50])
+    assert missing_digits(np.array([98, 1, 1]), due) == 0
+    assert missing_digits(np.array([995, 1, 4]), due) == 2
+    assert missing_digits(np.array([100, 0, 20]), due) == 1

@@ -1,0 +1,463 @@
+"""Responsibility learning: the models' contract, losses by hand, who moves in which turn, and workers that agree."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from distributed import run_ranks
+from torch import nn
+
+from cluster.recipe import load_recipe
+from data.errors import UserError
+from data.manifest import load_manifest
+from data.stream import ShardStream
+from deploy.served_model import tasks_of
+from trainer import loop
+from trainer.checkpoint import load_model, save_model
+from trainer.engines import make_engine
+from trainer.loop import Callbacks, train
+from trainer.models.gan import Critic
+from trainer.models.latent_mixture import LatentMixture, LatentPrior, barycentric
+from trainer.models.responsibility import ResponsibilityGAN
+from trainer.objectives.responsibility import (
+    Decoder,
+    ResponsibilityLearning,
+    adversarial_loss,
+    affine_images,
+    mutual_information,
+)
+from trainer.players import make_player
+from trainer.settings import OptimiserSettings, TrainingSettings
+
+SHAPES = [(28, 28), (8, 8, 2), (9, 40, 3), (3,)]
+LETTER = {}
+WORKING = {
+    "loss": "non-saturating",
+    "pairs": "augmented",
+    "uniform_share": 0.1,
+    "classifier_adversarial": False,
+    "label_steps": 3,
+    "generator_consistency": 0.5,
+}
+
+
+def model_for(shape=(8, 8), k=3, *, shared=False, prior="learnt", n_latent=4):
+    return ResponsibilityGAN(
+        shape,
+        k,
+        n_latent=n_latent,
+        n_hidden=9,
+        width=4,
+        bounded=len(shape) > 1,
+        prior=prior,
+        encoder_hidden=6,
+        encoder_width=4,
+        shared=shared,
+    )
+
+
+def objective_for(model, kind=ResponsibilityLearning, optimiser=None, steps=10, **options):
+    optimiser = optimiser or OptimiserSettings(name="sgd", learning_rate=0.1, beta1=0.0)
+    discriminator = nn.Linear(model.encoder.n_outputs, 1) if model.shared else Critic(model.shape, 1, 6, 1, 1, 4)
+    modules = {
+        "model": Decoder(model.generator),
+        "prior": model.prior,
+        "classifier": model.classifier,
+        "discriminator": discriminator,
+        **({"encoder": model.encoder} if model.shared else {}),
+    }
+    return kind({name: make_player(module, optimiser, steps) for name, module in modules.items()}, **options)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_contract(shape, k, shared, tmp_path, manifest_for):
+    torch.manual_seed(0)
+    model = model_for(shape, k, shared=shared)
+    model.set_scale(torch.rand(50, *shape) * 3 + 7)
+    x = model.sample(6, torch.Generator().manual_seed(2))
+    assert x.shape == (6, model.n_features)
+    assert torch.equal(x, model.sample(6, torch.Generator().manual_seed(2)))
+    responsibilities = model.responsibilities(x.reshape(6, *shape))
+    assert responsibilities.shape == (6, k)
+    assert torch.allclose(responsibilities.sum(1), torch.ones(6))
+    assert tasks_of(model) == ["responsibilities", "sample", "decode"]
+    _, log_prior, samples, components = model(None, 200)
+    assert (log_prior.item(), samples.shape) == (0, (200, model.n_features))
+    assert components.unique().tolist() == list(range(k))
+    save_model(str(tmp_path), model, "responsibility", manifest_for(shape), dequantised=False)
+    again, _ = load_model(str(tmp_path))
+    assert torch.equal(again.responsibilities(x), responsibilities)
+    assert torch.equal(
+        again.sample(3, torch.Generator().manual_seed(5)), model.sample(3, torch.Generator().manual_seed(5))
+    )
+    with pytest.raises(ValueError, match="features"):
+        model.responsibilities(torch.zeros(2, model.n_features + 1))
+
+
+def test_a_registered_model_runs_from_its_own_files(tmp_path):
+    from deploy.served_model import load_network
+    from deploy.sources import write_sources
+
+    for family, model in (("responsibility", model_for()), ("latent_mixture", LatentMixture((8, 8), 2, n_latent=3))):
+        write_sources(family, tmp_path / family)
+        twin = load_network(str(tmp_path / family), family)(**model.config)
+        twin.load_state_dict(model.state_dict())
+        z = torch.randn(2, model.n_latent)
+        assert torch.equal(twin.decode(z), model.decode(z))
+
+
+@pytest.mark.parametrize(("learns", "count"), [("learnt", 2), ("unit", 1), ("fixed", 0)])
+def test_the_posterior_of_the_latent_mixture(learns, count):
+    """Against SciPy, in float64."""
+    from scipy.stats import multivariate_normal
+
+    torch.manual_seed(0)
+    prior = LatentPrior(3, 2, 1.0, learns).double()
+    assert len(list(prior.parameters())) == count
+    with torch.no_grad():
+        prior.log_deviations.copy_(torch.randn(3, 2) * 0.3)
+    noise = torch.randn(5, 3, 2, dtype=torch.float64)
+    z, log_posterior = prior(noise)
+    means, deviations = prior.means.detach().numpy(), prior.log_deviations.detach().exp().numpy()
+    points = z.detach().numpy()
+    np.testing.assert_allclose(points, means + deviations * noise.numpy())
+    densities = np.stack([multivariate_normal(m, np.diag(s**2)).pdf(points) for m, s in zip(means, deviations)], -1)
+    expected = densities / densities.sum(-1, keepdims=True)
+    np.testing.assert_allclose(log_posterior.exp().detach().numpy(), expected, rtol=1e-9)
+
+
+def test_samples_of_one_gaussian_and_ways_between_them():
+    torch.manual_seed(0)
+    model = LatentMixture((2,), 4, n_latent=3, n_hidden=5)
+    noise = torch.randn(3)
+    ends = model.decode(model.prior.place(noise.expand(4, 3), torch.arange(4)))
+    path = model.interpolate(barycentric((2, 0), 4, 5), noise)
+    assert path.shape == (5, 2)
+    assert torch.allclose(path[[0, -1]], ends[[2, 0]], atol=1e-6)
+    triangle = barycentric((0, 1, 3), 4, 4)
+    assert triangle.shape == (10, 4)
+    assert torch.allclose(triangle.sum(1), torch.ones(10))
+    assert torch.allclose(model.interpolate(triangle, noise)[[0, 6, 9]], ends[[0, 1, 3]], atol=1e-6)
+    with pytest.raises(ValueError, match="two or three"):
+        barycentric((0,), 4, 5)
+    with torch.no_grad():
+        model.prior.means[1] = 100.0
+    far = model.sample(50, torch.Generator().manual_seed(0), component=1)
+    assert (far - model.sample(50, torch.Generator().manual_seed(0), component=2)).norm(dim=1).min() > 1
+    with pytest.raises(IndexError):
+        model.sample(1, component=4)
+
+
+def test_equation_6_by_hand():
+    """D(x) = 0.8 and 0.5; D(x̂) as below; M = K = 2."""
+    logit = lambda p: torch.tensor(p).logit()  # noqa: E731
+    weights = torch.tensor([[0.9, 0.1], [0.25, 0.75]])
+    expected = (
+        0.9 * (math.log(0.8) + math.log(1 - 0.3))
+        + 0.1 * (math.log(0.8) + math.log(1 - 0.6))
+        + 0.25 * (math.log(0.5) + math.log(1 - 0.2))
+        + 0.75 * (math.log(0.5) + math.log(1 - 0.5))
+    ) / (2 * 2)
+    found = adversarial_loss(logit([[0.8], [0.5]]), logit([[0.3, 0.6], [0.2, 0.5]]), weights)
+    assert found.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_mutual_information_by_hand():
+    joint = torch.tensor([[0.4, 0.1], [0.2, 0.3]], dtype=torch.float64)
+    expected = (
+        0.4 * math.log(0.4 / (0.5 * 0.6))
+        + 0.1 * math.log(0.1 / (0.5 * 0.4))
+        + 0.2 * math.log(0.2 / (0.5 * 0.6))
+        + 0.3 * math.log(0.3 / (0.5 * 0.4))
+    )
+    assert mutual_information(joint).item() == pytest.approx(expected, rel=1e-12)
+    assert mutual_information(torch.eye(3) / 3).item() == pytest.approx(math.log(3), rel=1e-6)
+    assert mutual_information(torch.outer(joint.sum(1), joint.sum(0))).item() == pytest.approx(0, abs=1e-12)
+    empty = torch.zeros(2, 2).requires_grad_()
+    mutual_information(empty + torch.tensor([[1.0, 0], [0, 0]])).backward()
+    assert torch.isfinite(empty.grad).all()
+
+
+class Fixed(ResponsibilityLearning):
+    """Noise of a seed of its own, so that a test can draw it again."""
+
+    def _noise(self, n, n_components, n_latent):
+        return torch.randn(n, n_components, n_latent, generator=torch.Generator().manual_seed(7))
+
+
+def all_losses(model, discriminator, x, share=0.0):
+    """The losses of the letter, written out; one graph through everything."""
+    k, d = model.prior.means.shape
+    noise = torch.randn(len(x), k, d, generator=torch.Generator().manual_seed(7))
+    deviations = model.prior.log_deviations.exp()
+    z = model.prior.means + deviations * noise
+    normal = torch.distributions.Normal(model.prior.means, deviations)
+    posterior = normal.log_prob(z.unsqueeze(2)).sum(-1).softmax(2)  # [M, K of the draw, K]
+    fake = torch.stack([model.decode(z[:, j]) for j in range(k)], 1)
+
+    def judged(y):
+        return discriminator(model.encoder(y)).squeeze(1)
+
+    w, of_x = (1 - share) * model.responsibilities(x) + share / k, judged(x)
+    of_fake = torch.stack([judged(fake[:, j]) for j in range(k)], 1)
+    ours = torch.stack([model.responsibilities(fake[:, j]) for j in range(k)], 1)
+
+    def information(joint):
+        product = joint.sum(1, keepdim=True) * joint.sum(0, keepdim=True)
+        return (joint * (joint / product).log()).sum()
+
+    m = len(x)
+    bracket = of_x.sigmoid().log()[:, None] + (1 - of_fake.sigmoid()).log()
+    return {
+        "bracket": bracket,
+        "weights": w,
+        "adversarial": (w * bracket).sum() / (m * k),
+        "agreement": information(torch.einsum("ia,ijb->ab", model.responsibilities(x), ours) / (m * k)),
+        "consistency": information(torch.einsum("ija,ijb->ab", posterior, ours) / (m * k)),
+        "labels": -ours.diagonal(dim1=1, dim2=2).log().mean(),
+        "non-saturating": -(w.detach() * of_fake.sigmoid().log()).sum() / (m * k),
+    }
+
+
+def gradients(value, module):
+    found = torch.autograd.grad(value, list(module.parameters()), retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(module.parameters(), found)]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("options", [LETTER, {**WORKING, "pairs": "independent", "classifier_adversarial": True}])
+def test_every_turn_has_the_gradient_of_its_own_loss(shared, options):
+    """At rates of zero nobody moves: each turn's gradient is that of the losses written out, at one point."""
+    torch.manual_seed(1)
+    model = model_for(shared=shared)
+    objective = objective_for(model, Fixed, **options)
+    engine = make_engine(TrainingSettings(batch_size=5))
+    engine.attach(objective)
+    x = torch.rand(5, 64)
+    seen = []
+    for player in objective.turns(0):
+        engine.set_turn(player)
+        value, _ = objective.loss(player, {"x": x})
+        engine.step(player, value, 0.0)
+        seen.append((player, value.item(), [p.grad.clone() for p in objective.players[player].module.parameters()]))
+    for player in objective.players.values():
+        player.module.requires_grad_(True)
+    discriminator = objective.players["discriminator"].module
+    all_of = all_losses(model, discriminator, x, options.get("uniform_share", 0.0))
+    k = 3
+    for_d = -(all_of["weights"].detach() * all_of["bracket"]).sum() / (5 * k)
+    for_c = (all_of["weights"] * all_of["bracket"].detach()).sum() / (5 * k)
+    for_both = -all_of["consistency"] + (all_of["labels"] if options else 0)
+    for_g = all_of["adversarial"]
+    if options:
+        for_g = all_of["non-saturating"] + options["generator_consistency"] * for_both
+    encoder = ["encoder"] if shared else []
+    expected = [
+        *((player, for_d) for player in [*encoder, "discriminator"]),
+        ("model", for_g),
+        *((player, for_c) for player in [*encoder, "classifier"]),
+        *((player, -all_of["agreement"]) for player in [*encoder, "classifier"]),
+        *((player, for_both) for player in ["prior", *encoder, "classifier"]),
+    ]
+    assert [player for player, _, _ in seen] == [player for player, _ in expected]
+    for (player, value, found), (_, loss) in zip(seen, expected):
+        if player != "model" or options:  # the generator's part of eq. 6 leaves the real images out
+            assert value == pytest.approx(loss.item(), rel=1e-4, abs=1e-6), player
+        for ours, theirs in zip(found, gradients(loss, objective.players[player].module), strict=True):
+            assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-6), player
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_each_turn_moves_its_player_and_nobody_else(shared):
+    torch.manual_seed(0)
+    model = model_for(shared=shared)
+    objective = objective_for(model)
+    engine = make_engine(TrainingSettings(batch_size=8))
+    engine.attach(objective)
+    modules = {name: player.module for name, player in objective.players.items()}
+
+    def state():
+        return {f"{name}.{key}": v.clone() for name, m in modules.items() for key, v in m.state_dict().items()}
+
+    x, order = torch.rand(8, 8, 8), objective.turns(0)
+    e = ["encoder"] if shared else []
+    assert order == [
+        *(*e, "discriminator", "model", *e, "classifier", *e, "classifier", "prior", *e, "classifier"),
+    ]
+    for player in order:
+        before = state()
+        engine.set_turn(player)
+        engine.step(player, objective.loss(player, {"x": x})[0], 0.1)
+        moved = {key.partition(".")[0] for key, value in state().items() if not torch.equal(value, before[key])}
+        assert moved == {player}
+    assert objective._plan == []
+
+
+def test_a_shared_encoder_and_its_head_move_as_one():
+    """Both gradients of eq. 6 are of the point before the encoder's move."""
+    torch.manual_seed(0)
+    model = model_for(shared=True)
+    objective = objective_for(model, Fixed)
+    head = objective.players["discriminator"].module
+    x = torch.rand(6, 64)
+    all_of = all_losses(model, head, x)
+    expected = gradients(-(all_of["weights"].detach() * all_of["bracket"]).sum() / 18, head)
+    engine = make_engine(TrainingSettings(batch_size=6))
+    engine.attach(objective)
+    objective.turns(0)
+    for player in ("encoder", "discriminator"):
+        engine.set_turn(player)
+        engine.step(player, objective.loss(player, {"x": x})[0], 1.0)
+    for ours, theirs in zip(head.parameters(), expected):
+        assert torch.allclose(ours.grad, theirs, rtol=1e-3, atol=1e-6)
+
+
+def test_pairs_of_equation_5():
+    torch.manual_seed(0)
+    model, x = model_for(), torch.rand(5, 64)
+    assert torch.allclose(affine_images(x, (8, 8), torch.full((5, 6), 0.5)), x, atol=1e-5)
+    nearest = objective_for(model, Fixed, pairs="nearest")
+    others = nearest._others(x)
+    fake = nearest._kept["fake"]
+    best = torch.cdist(x, fake).argmin(1)
+    assert torch.equal(others, fake[best])
+    augmented = objective_for(model, pairs="augmented")._others(x)
+    assert augmented.shape == x.shape
+    assert 0.01 < (augmented - x).abs().mean() < 0.3
+    vectors = model_for((3,))
+    jittered = objective_for(vectors, pairs="augmented")._others(x[:, :3])
+    assert 0 < (jittered - x[:, :3]).abs().max() < 1
+    without = objective_for(model, pairs=None, classifier_adversarial=False)
+    assert without.turns(0) == ["discriminator", "model", "prior", "classifier"]
+
+
+def test_labels_are_taught_in_the_first_steps_alone():
+    torch.manual_seed(0)
+    objective = objective_for(model_for(), Fixed, label_steps=2)
+    logits = torch.randn(12, 3)
+    values = []
+    for step in range(4):
+        objective.turns(step)
+        values.append(objective._consistency_loss(torch.zeros(12, 3).log_softmax(1), logits)[0].item())
+    by_hand = F.cross_entropy(logits, torch.tensor([0, 1, 2] * 4)).item()
+    assert values == pytest.approx([by_hand, by_hand, 0, 0], abs=1e-6)
+
+
+# Two workers: the noise of all is drawn everywhere, and each takes its rows.
+WORLD = {"rank": 0, "size": 1}
+STEPS, BATCH = 4, 24
+# Adam would make much of rounding where a gradient is all but zero, such as that of eq. 5 at the start.
+MOMENTUM = OptimiserSettings(name="sgd", learning_rate=0.2, beta1=0.5)
+RUNS = {
+    "letter": ({}, False),
+    "letter, shared": ({}, True),
+    "working": (WORKING, False),
+    "working, shared": (WORKING, True),
+}
+
+
+class Shared(ResponsibilityLearning):
+    def _noise(self, n, n_components, n_latent):
+        rows = torch.randn(n * WORLD["size"], n_components, n_latent)
+        return rows[WORLD["rank"] * n :][:n]
+
+    def _augmented(self, x):
+        draws = torch.rand(len(x) * WORLD["size"], 6)
+        return affine_images(x, (8, 8), draws[WORLD["rank"] * len(x) :][: len(x)])
+
+
+def trained(shards, name, engine, rank=0, size=1):
+    WORLD.update(rank=rank, size=size)
+    loop._mix = lambda seed, step, rank: 1000 * seed + step
+    options, shared = RUNS[name]
+    torch.manual_seed(rank)  # the engine gives all ranks rank 0's start
+    objective = objective_for(model_for((8, 8, 1), shared=shared), Shared, MOMENTUM, STEPS, **options)
+    kind, stage = ("ddp", 0) if engine == "ddp" else ("deepspeed", int(engine[-1]))
+    settings = TrainingSettings(
+        steps=STEPS, batch_size=BATCH, lanes=2, dequantise=False, engine=kind, zero_stage=stage, checkpoint_every=2
+    )
+    stream = ShardStream(load_manifest(shards), "train", batch_size=BATCH, seed=0, rank=rank, world_size=size, lanes=2)
+    made = make_engine(settings)
+    made.attach(objective)
+    saved = {}
+    final = train(objective, made, stream, settings, callbacks=Callbacks(on_checkpoint=saved.__setitem__))
+    return final, saved[2]
+
+
+def resumed(shards, name, engine, rank, size, start):
+    WORLD.update(rank=rank, size=size)
+    options, shared = RUNS[name]
+    objective = objective_for(model_for((8, 8, 1), shared=shared), Shared, MOMENTUM, STEPS, **options)
+    settings = TrainingSettings(
+        steps=STEPS, batch_size=BATCH, lanes=2, dequantise=False, engine="deepspeed", zero_stage=int(engine[-1])
+    )
+    stream = ShardStream(load_manifest(shards), "train", batch_size=BATCH, seed=0, rank=rank, world_size=size, lanes=2)
+    made = make_engine(settings)
+    made.attach(objective)
+    return train(objective, made, stream, settings, resume=(2, start))
+
+
+def on_rank(rank, shards):
+    out = {}
+    for name in RUNS:
+        out[f"{name}/ddp"], saved = trained(shards, name, "ddp", rank, 2)
+        if name == "working, shared":
+            out[f"{name}/zero-2"], _ = trained(shards, name, "zero-2", rank, 2)
+            out[f"{name}/zero-2 resumed"] = resumed(shards, name, "zero-2", rank, 2, saved)
+    return out
+
+
+@pytest.fixture(scope="module")
+def by_rank(digits_pack, tmp_path_factory):
+    import test_responsibility  # by its plain name, so that spawned processes find the function
+
+    return run_ranks(test_responsibility.on_rank, 2, tmp_path_factory.mktemp("ranks"), digits_pack.base)
+
+
+def difference(a, b):
+    assert a.keys() == b.keys()
+    pairs = [(a[name].double(), b[name].double()) for name in a]
+    return max(((x - y).abs().max() / x.abs().max().clamp_min(1)).item() for x, y in pairs)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_workers_equal_one(by_rank, digits_pack, monkeypatch, name):
+    """The mutual information is of both workers' images: of each one's own it would be another number."""
+    monkeypatch.setattr(loop, "_mix", loop._mix)  # restored when the test ends
+    alone, _ = trained(digits_pack.base, name, "ddp")
+    assert difference(alone, by_rank[0][f"{name}/ddp"]) < 1e-6
+    assert difference(by_rank[1][f"{name}/ddp"], by_rank[0][f"{name}/ddp"]) == 0
+
+
+@pytest.mark.parametrize("run", ["zero-2", "zero-2 resumed"])
+def test_deepspeed_equals_ddp(by_rank, run):
+    assert difference(by_rank[0]["working, shared/ddp"], by_rank[0][f"working, shared/{run}"]) < 1e-5
+
+
+def test_a_trained_model_is_whole():
+    """Every tensor of the model is in the training's state, by its name in the model."""
+    from trainer.fit import trained_tensors
+
+    for shared in (False, True):
+        model = model_for(shared=shared)
+        engine = make_engine(TrainingSettings(batch_size=8))
+        engine.attach(objective_for(model))
+        assert model.state_dict().keys() <= trained_tensors(engine.state()).keys()
+
+
+@pytest.mark.parametrize("name", ["responsibility", "responsibility-letter", "deligan", "latent-mixture"])
+def test_recipes_are_read(name, manifest_for):
+    recipe = load_recipe(f"mnist-{name}", [])
+    model = recipe.model.build(manifest_for((28, 28, 1), levels=256))
+    assert type(model)(**model.config).sample(2).shape == (2, 784)
+    objective = recipe.model.objective(model, manifest_for((28, 28, 1), levels=256), recipe.training)
+    assert "model" in objective.turns(0)
+    if name.startswith("responsibility"):
+        with pytest.raises(UserError, match="zero_stage=3"):
+            load_recipe(f"mnist-{name}", ["training.engine=deepspeed", "training.zero_stage=3"])
+        with pytest.raises(UserError, match="multiple of 2"):
+            load_recipe(f"mnist-{name}", ["training.batch_size=31"])

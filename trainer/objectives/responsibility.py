@@ -1,0 +1,281 @@
+"""Responsibility learning: a generator with a latent mixture, its discriminator, and a classifier of the Gaussians.
+
+Source: W. Huang, R. Y. D. Xu, S. Jiang, X. Liang, I. Oppermann, GAN-based Gaussian Mixture Model Responsibility
+Learning, ICPR 2020 (Algorithm 1, equations 3 to 6).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trainer.models.gan import Generator, halvings
+from trainer.objectives import Batch, Player
+from trainer.objectives.transport import squared_distances
+
+Loss = Literal["minimax", "non-saturating"]
+Pairs = Literal["independent", "augmented", "nearest"]
+
+# Of the random affine maps that augment images: radians, shear, log of the size, and share of half a side.
+_TURN, _SHEAR, _GROWTH, _SHIFT = 0.25, 0.15, 0.15, 0.15
+_JITTER = 0.1  # of other samples, in standard deviations
+
+
+class Decoder(nn.Module):
+    """The call of a generator that engines wrap: latent points [n, n_latent] to samples [n, n_features]."""
+
+    def __init__(self, generator: Generator) -> None:
+        super().__init__()
+        self.generator = generator
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.generator.decode(z)
+
+
+class ResponsibilityLearning:
+    """Algorithm 1, on a batch of M samples x_i and K images x̂_i^k = G(σ_k ε_ik + μ_k) of each.
+
+    With f = logit D, w_i = C(x_i), the responsibilities, and s the softplus, a step moves, in this order,
+
+        D          on -L_a = (1/K) E_i Σ_k w_ik (s(-f(x_i)) + s(f(x̂_i^k)))                              eq. 6
+        G          on the part of L_a that is its own, -(1/K) E_i Σ_k w_ik s(f(x̂_i^k))                  eq. 6
+        C          on L_a, through w_i alone                                                            eq. 6
+        C          on -I(C(x_i), C(x̂_i^k))                                                              eq. 5
+        C, μ, σ    on -I(p(· | z_i^k), C(x̂_i^k)), with p(k | z) of eq. 3                                eq. 4
+
+    How the printed equations are read:
+
+    - Eq. 3 has equal weights of the Gaussians.
+    - I is the mutual information, in nats, of the K x K joint distribution of two assignments: the mean over all pairs
+      of the outer products of their probabilities. It is maximised. The sum over k of eqs. 4 and 5 stands inside, as
+      part of that mean: for one k alone p(· | z_k) is all but constant, and constants share no information.
+    - Eq. 5 of real images and images generated independently of them has an expectation of zero, whatever C is
+      (`pairs` "independent", the letter). A pair that belongs together is an image and a random affine map of it, for
+      vectors noise on it ("augmented"); or a real and the "nearest" generated image of the worker's share of the batch.
+    - In eq. 6 the weights are constant in the gradients of D and G. C then moves by them alone: it shifts weight to
+      the Gaussian whose images D takes for real, of any x_i alike, as x̂_i^k does not depend on x_i.
+    - "Update both" is a simultaneous update: its players' gradients are of one point, though they move one by one. G's
+      images are made anew once it has moved, for eq. 4; eqs. 5 and 6 share those that D saw.
+
+    To the letter, a Gaussian that lost its weight gets no gradient from eq. 6, and information does not say which
+    number C gives to which Gaussian. What helps:
+
+    - `uniform_share` u: (1 - u) w_i + u / K in place of w_i in eq. 6. With u = 1 weights are those of DeLiGAN.
+    - `label_steps`: in so many first steps -log C(x̂_i^k)_k is added to eq. 4.
+    - `generator_consistency` λ: G also pays λ times that loss of eq. 4 (as in InfoGAN; Chen et al. 2016).
+    - `loss` "non-saturating": G pays (1/K) E_i Σ_k w_ik s(-f(x̂_i^k)).
+    - `classifier_adversarial` false: C does not move by eq. 6.
+    - a prior of unit deviations (`LatentPrior`).
+
+    Joint distributions are of the batch of all workers together, so that N workers have the gradients of one; but for
+    "nearest".
+
+    Args:
+        players: `model` (a `Decoder`), `prior`, `classifier`, `discriminator` and, where the two share one, `encoder`,
+            which moves with either.
+        loss, pairs, uniform_share, classifier_adversarial, label_steps, generator_consistency: see above; without
+            `pairs` eq. 5 is left out.
+    """
+
+    def __init__(
+        self,
+        players: dict[str, Player],
+        *,
+        loss: Loss = "minimax",
+        pairs: Pairs | None = "independent",
+        uniform_share: float = 0.0,
+        classifier_adversarial: bool = True,
+        label_steps: int = 0,
+        generator_consistency: float = 0.0,
+    ) -> None:
+        self.players = players
+        self.networks: dict[str, Callable[..., Any]] = {name: player.module for name, player in players.items()}
+        self.kind, self.pairs, self.uniform_share = loss, pairs, uniform_share
+        self.classifier_adversarial, self.label_steps = classifier_adversarial, label_steps
+        self.generator_consistency = generator_consistency
+        self.shares_encoder = "encoder" in players
+        self._labels = label_steps > 0
+        self._plan: list[tuple[str, str]] = []
+        self._kept: dict[str, Tensor] = {}
+
+    def turns(self, step: int) -> Sequence[str]:
+        encoder = ("encoder",) if self.shares_encoder else ()
+        discriminator, classifier = (*encoder, "discriminator"), (*encoder, "classifier")
+        self._plan = [("adversarial", player) for player in (*discriminator, "model")]
+        if self.classifier_adversarial:
+            self._plan += [("assignment", player) for player in classifier]
+        if self.pairs is not None:
+            self._plan += [("agreement", player) for player in classifier]
+        self._plan += [("consistency", player) for player in ("prior", *classifier)]
+        self._labels, self._kept = step < self.label_steps, {}
+        return [player for _, player in self._plan]
+
+    def loss(self, player: str, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        x = batch["x"].flatten(1)
+        phase = "consistency" if player in ("prior", "classifier") else "adversarial"
+        if self._plan and self._plan[0][1] == player:
+            phase = self._plan.pop(0)[0]
+        else:  # out of turn, where an engine makes its moments
+            self._plan, self._kept = [], {}
+        if phase == "assignment":
+            return self._assignment(player, x)
+        if phase == "agreement":
+            return self._agreement(player, x)
+        if phase == "consistency":
+            return self._consistency(player, x)
+        return self._generator(x) if player == "model" else self._discrimination(player, x)
+
+    def _discrimination(self, player: str, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        weights, fake = self._of_step("weights", x), self._of_step("fake", x)
+        values = self._ask("discriminator", player, torch.cat([x, fake]), "adversarial")
+        of_real, of_fake = values[: len(x)], values[len(x) :].view_as(weights)
+        loss = -adversarial_loss(of_real, of_fake, weights)
+        share = weights.mean(0)
+        # How many Gaussians the data is assigned to: the exponential of the entropy of their shares.
+        return loss, {"gaussians": torch.special.entr(share).sum().exp()}
+
+    def _generator(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        weights, z = self._of_step("weights", x), self._of_step("z", x)
+        fake = self.networks["model"](z.flatten(0, 1))
+        values = self._ask("discriminator", "model", fake).view_as(weights)
+        paid = F.softplus(-values) if self.kind == "non-saturating" else -F.softplus(values)
+        adversarial = (weights * paid).sum(1).mean() / weights.shape[1]
+        if not self.generator_consistency:
+            return adversarial, {}
+        logits = self._ask("classifier", "model", fake)
+        consistency, scalars = self._consistency_loss(self._of_step("log_posterior", x).flatten(0, 1), logits)
+        return adversarial + self.generator_consistency * consistency, {**scalars, "adversarial": adversarial.detach()}
+
+    def _assignment(self, player: str, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        if "of_real" not in self._kept:
+            with torch.no_grad():
+                values = self._ask("discriminator", "model", torch.cat([x, self._of_step("fake", x)]))
+            self._kept["of_real"], self._kept["of_fake"] = values[: len(x)], values[len(x) :].view(len(x), -1)
+        weights = self._mixed(self._ask("classifier", player, x, "assignment").softmax(1))
+        return adversarial_loss(self._kept["of_real"], self._kept["of_fake"], weights), {}
+
+    def _agreement(self, player: str, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        if "others" not in self._kept:
+            self._kept["others"] = self._others(x)
+        others = self._kept["others"]
+        logits = self._ask("classifier", player, torch.cat([x, others]), "agreement")
+        of_x, of_others = logits[: len(x)].softmax(1), logits[len(x) :].softmax(1)
+        if len(others) != len(x):
+            of_others = of_others.view(len(x), -1, of_others.shape[1]).mean(1)  # the mean of outer products with of_x
+        information = mutual_information(mean_over_ranks(of_x.T @ of_others / len(x)))
+        return -information, {"agreement": information.detach()}
+
+    @torch.no_grad()
+    def _others(self, x: Tensor) -> Tensor:
+        """The partners of x for eq. 5: one of each [M, d], or K of each [M K, d]."""
+        if self.pairs == "augmented":
+            return self._augmented(x)
+        fake = self._of_step("fake", x)
+        return fake[squared_distances(x, fake).argmin(1)] if self.pairs == "nearest" else fake
+
+    def _consistency(self, player: str, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        if player == "prior" or "moved" not in self._kept:
+            z, log_posterior = self.networks["prior"](self._of_step("noise", x))
+            fake, log_posterior = self.networks["model"](z.flatten(0, 1)), log_posterior.flatten(0, 1)
+            self._kept["moved"], self._kept["moved_posterior"] = fake.detach(), log_posterior.detach()
+        if player != "prior":
+            fake, log_posterior = self._kept["moved"], self._kept["moved_posterior"]
+        return self._consistency_loss(log_posterior, self._ask("classifier", player, fake, "consistency"))
+
+    def _consistency_loss(self, log_posterior: Tensor, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Of images [M K, ...], that of each sample in the order of the Gaussians."""
+        joint = log_posterior.exp().T @ logits.softmax(1) / len(logits)
+        information = mutual_information(mean_over_ranks(joint))
+        scalars = {"consistency": information.detach()}
+        if not self._labels:
+            return -information, scalars
+        k = logits.shape[1]
+        labels = torch.arange(k, device=logits.device).repeat(len(logits) // k)
+        return F.cross_entropy(logits, labels) - information, scalars
+
+    def _ask(self, head: str, player: str, x: Tensor, name: str = "") -> Tensor:
+        """What `head` says of samples x [n, d]: [n, 1] or [n, K].
+
+        Where its encoder moves first on the same loss, the head learns from the features before that move.
+        """
+        if not self.shares_encoder:
+            return self.networks[head](x)
+        if player == head and name in self._kept:
+            return self.networks[head](self._kept.pop(name))
+        features = self.networks["encoder"](x)
+        if player == "encoder":
+            self._kept[name] = features.detach()
+        return self.networks[head](features)
+
+    @torch.no_grad()
+    def _of_step(self, name: str, x: Tensor) -> Tensor:
+        """What all turns of a step share: ε, z, log p(· | z), x̂, and the weights of x by C as it was."""
+        if name not in self._kept:
+            prior: Any = self.players["prior"].module
+            noise = self._noise(len(x), *prior.means.shape).to(x)
+            z, log_posterior = self.networks["prior"](noise)
+            weights = self._mixed(self._ask("classifier", "model", x).softmax(1))
+            fake = self.networks["model"](z.flatten(0, 1))
+            self._kept |= {"noise": noise, "z": z, "log_posterior": log_posterior, "fake": fake, "weights": weights}
+        return self._kept[name]
+
+    def _mixed(self, responsibilities: Tensor) -> Tensor:
+        return torch.lerp(
+            responsibilities, torch.full_like(responsibilities, 1 / responsibilities.shape[1]), self.uniform_share
+        )
+
+    def _noise(self, n: int, n_components: int, n_latent: int) -> Tensor:
+        return torch.randn(n, n_components, n_latent)
+
+    def _augmented(self, x: Tensor) -> Tensor:
+        generator: Any = self.players["model"].module.generator
+        if not halvings(generator.shape):
+            return x + _JITTER * generator.scale * torch.randn_like(x)
+        return affine_images(x, generator.shape, torch.rand(len(x), 6).to(x))
+
+
+def adversarial_loss(of_real: Tensor, of_fake: Tensor, weights: Tensor) -> Tensor:
+    """(1/K) E_i Σ_k w_ik (log D(x_i) + log(1 - D(x̂_i^k))), a scalar in nats (eq. 6).
+
+    For logits of D: `of_real` [M, 1] and `of_fake` [M, K]; weights [M, K].
+    """
+    return -(weights * (F.softplus(-of_real) + F.softplus(of_fake))).sum(1).mean() / weights.shape[1]
+
+
+def mutual_information(joint: Tensor) -> Tensor:
+    """Σ_ab p(a, b) log(p(a, b) / (p(a) p(b))), in nats, of a joint distribution [A, B] (eq. 5)."""
+    tiny = torch.finfo(joint.dtype).tiny
+    logs = [part.clamp_min(tiny).log() for part in (joint, joint.sum(1, keepdim=True), joint.sum(0, keepdim=True))]
+    return (joint * (logs[0] - logs[1] - logs[2])).sum()
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """The mean over all workers, whose gradient is this worker's: engines then take the mean of the gradients."""
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return values
+    total = values.detach().clone()
+    dist.all_reduce(total)
+    return values + (total / dist.get_world_size() - values.detach())
+
+
+def affine_images(x: Tensor, shape: Sequence[int], draws: Tensor) -> Tensor:
+    """Images x [n, d] of `shape`, turned, sheared, sized and shifted by draws [n, 6] from [0, 1]; ½ leaves them.
+
+    What comes in from outside repeats the border.
+    """
+    images = x.unflatten(1, (*shape[:2], -1)).permute(0, 3, 1, 2)
+    turn, shear, wide, high, right, down = (2 * draws - 1).unbind(1)
+    cos, sin = (_TURN * turn).cos(), (_TURN * turn).sin()
+    wide, high = (_GROWTH * wide).exp(), (_GROWTH * high).exp()
+    rows = [
+        torch.stack([cos * wide, (_SHEAR * shear - sin) * wide, _SHIFT * right], 1),
+        torch.stack([sin * high, cos * high, _SHIFT * down], 1),
+    ]
+    grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
+    found = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    return found.permute(0, 2, 3, 1).flatten(1)
