@@ -75,7 +75,7 @@ def reproduce(
     """
     out, uri, stages = storage.check_url(out), tracking.resolve_uri(tracking_uri), Stages(quiet)
     members = _chosen(study, only)
-    recipes = {each.label: _recipe(each, overrides) for each in (*study.prerequisites, *members)}
+    recipes = {each.label: _recipe(each, overrides, out) for each in (*study.prerequisites, *members)}
     numbers = range(study.seeds if seeds is None else seeds)
     with ExitStack() as stack:
         stack.enter_context(exclusive(out))
@@ -83,8 +83,9 @@ def reproduce(
             probe(ray_address)
         tracking.probe(uri)
         packs = _packed(recipes, out, stages)
-        for label, recipe in recipes.items():
-            recipe.model.check(packs[label], recipe.initialisation)
+        built_on = [each for each in members if any("{out}" in text for text in each.overrides)]
+        for each in (*study.prerequisites, *(each for each in members if each not in built_on)):
+            recipes[each.label].model.check(packs[each.label], recipes[each.label].initialisation)
         with stages.stage("start Ray"):
             stack.enter_context(ray_session(ray_address, cpus_per_task * (workers or 1)))
         require_resources("the trainings", {"CPU": cpus_per_task, "GPU": gpus_per_task})
@@ -96,6 +97,8 @@ def reproduce(
             jobs = [(each, recipes[each.label], packs[each.label], 0) for each in study.prerequisites]
             if jobs:
                 _train(study, jobs, out, record, stages, "train what judges", **place)
+            for each in built_on:
+                recipes[each.label].model.check(packs[each.label], recipes[each.label].initialisation)
             with stages.stage("prepare") as advance:
                 study.prepare(out, {each.label: packs[each.label] for each in members}, lambda t: advance(0, text=t))
             jobs = [(each, recipes[each.label], packs[each.label], seed) for seed in numbers for each in members]
@@ -123,8 +126,8 @@ def _chosen(study: Reproduction, only: Sequence[str]) -> list[Member]:
     return [known[label] for label in only] or list(study.members)
 
 
-def _recipe(member: Member, overrides: Sequence[str]) -> Recipe:
-    own = ["scaling.workers=1", *member.overrides]
+def _recipe(member: Member, overrides: Sequence[str], out: str = ".") -> Recipe:
+    own = ["scaling.workers=1", *(text.replace("{out}", out) for text in member.overrides)]
     # What is for all members need not fit what only judges them, such as fields of a model.
     return load_recipe(member.recipe, [*own, *overrides])
 

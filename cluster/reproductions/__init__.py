@@ -5,6 +5,7 @@ A new one is a file here, and a line in `REPRODUCTIONS`. `cluster.reproduce` run
 
 from __future__ import annotations
 
+from cluster.reproductions.details import Details
 from cluster.reproductions.responsibility import (
     ResponsibilityCompression,
     ResponsibilityImbalance,
@@ -19,6 +20,6 @@ REPRODUCTIONS: dict[str, Reproduction] = {
     each.name: each
     for each in (
         *(Ring(), SwissRoll(), ThesisMNIST(), Critics()),
-        *(ResponsibilityMNIST(), ResponsibilityCompression(), ResponsibilityImbalance()),
+        *(ResponsibilityMNIST(), ResponsibilityCompression(), ResponsibilityImbalance(), Details()),
     )
 }

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Member:
-    """One row of the table: a shipped recipe, changed; `printed` is what the publication says, by the columns' keys."""
+    """One row of the table: a shipped recipe, changed; `printed` is what the publication says, by the columns' keys.
+
+    {out} in an override stands for the study's folder, where the prerequisites' models are.
+    """
 
     label: str
     recipe: str

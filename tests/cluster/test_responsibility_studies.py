@@ -1,5 +1,6 @@
 """Studies of responsibility learning, a few steps of each: what is measured and drawn, and what is missing."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,17 +9,19 @@ import pytest
 from cluster import reproduce
 from cluster.reproductions import REPRODUCTIONS
 from cluster.reproductions.digits import missing_digits
+from cluster.reproductions.study import Member
 from data.shards import pack
 from data.sources import open_source
 
 SMALL = ("data.source=digits", "training.steps=3", "training.log_every=1")
+SMALL_MFA = ("hierarchy=null", "model.n_components=5", "training.em.iterations=3")
 BOARD = SimpleNamespace(count=SimpleNamespace(remote=lambda *arguments: None))
 
 
 def ran(study, labels, out):
     """The study's outcomes and table, of its classifier and some members, trained in this process."""
     members = [member for member in study.members if member.label in labels]
-    recipes = {each.label: reproduce._recipe(each, SMALL) for each in (*study.prerequisites, *members)}
+    recipes = {each.label: reproduce._recipe(each, SMALL, str(out)) for each in (*study.prerequisites, *members)}
     packs = {
         label: pack(open_source("digits", recipe.data.options), f"{out}/shards-{number}", rows_per_block=500)
         for number, (label, recipe) in enumerate(recipes.items())
@@ -76,3 +79,19 @@ def test_digits_below_a_fifth_of_their_due_are_missing():
     assert missing_digits(np.array([98, 1, 1]), due) == 0
     assert missing_digits(np.array([995, 1, 4]), due) == 2
     assert missing_digits(np.array([100, 0, 20]), due) == 1
+
+
+def test_details_are_judged_beside_the_mixture_s_own_samples(tmp_path, monkeypatch):
+    study = REPRODUCTIONS["mfa-pix2pix"]
+    monkeypatch.setattr(type(study), "prerequisites", (study.prerequisites[0], Member("mfa", "mnist", SMALL_MFA)))
+    member = replace(study.members[0], overrides=(*study.members[0].overrides, "model.critic.stages=1"))
+    monkeypatch.setattr(type(study), "members", (member,))
+    outcomes, _ = ran(study, [member.label], tmp_path)
+    found = outcomes[member.label][0]
+    assert {"sharpness", "plain_sharpness", "real_sharpness", "ndb", "plain_ndb"} <= found.metrics.keys()
+    gaps = [abs(found.metrics["real_sharpness"] - found.metrics[key]) for key in ("sharpness", "plain_sharpness")]
+    assert found.metrics["gap_closed"] == pytest.approx(1 - gaps[0] / gaps[1])
+    assert found.drawn["samples with details"].shape == (12, 8, 8, 1)
+    assert len(study.figures(outcomes)) == 2
+    assert found.metrics["plain_ndb"] == found.metrics["start/plain_ndb"]  # the mixture stands still
+    assert found.metrics["sharpness"] != found.metrics["start/sharpness"]
