@@ -78,8 +78,10 @@ def server(shelf, tmp_path_factory):
     command += ["--max-body-mb", "0.1", "--max-rows", "50", "--tracking-uri", shelf.uri]
     with open(folder / "out", "w") as out, open(folder / "err", "w") as err:
         process = subprocess.Popen(
-            command, stdout=out, stderr=err, env={**os.environ, "MANYMODES_SERVE_TOKEN": TOKEN}, start_new_session=True
-        )
+            command, stdout=out, stderr=err, env={**os.environ, "MANYMODES_SERVE_TOKEN": TOKEN}, start_new_session=True,
+            # Tests that run in the background may have been told to ignore it.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )  # fmt: skip
     url = f"http://127.0.0.1:{port}"
     try:
         wait_for(f"{url}/health", process)
