@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -135,6 +135,9 @@ def model_folder(place: str) -> str | None:
     return None
 
 
+_Kind = TypeVar("_Kind", bound=LocalModel)
+
+
 def open_model(place: str, tracking_uri: str | None = None) -> LocalModel:
     """Opens `models:/...` from the registry, or a model's folder or the folder of the run that made it.
 
@@ -178,10 +181,7 @@ def open_autoencoder(place: str, tracking_uri: str | None = None) -> LocalAutoen
     Raises:
         UserError: no model there, or one that is no autoencoder.
     """
-    opened = open_model(place, tracking_uri)
-    if not isinstance(opened, LocalAutoencoder):
-        raise UserError(f"{place}: a model of the family {opened.document['family']} is no autoencoder: give one")
-    return opened
+    return _opened_as(LocalAutoencoder, "autoencoder", place, tracking_uri)
 
 
 def open_classifier(place: str, tracking_uri: str | None = None) -> LocalClassifier:
@@ -190,9 +190,13 @@ def open_classifier(place: str, tracking_uri: str | None = None) -> LocalClassif
     Raises:
         UserError: no model there, or one that is no classifier.
     """
+    return _opened_as(LocalClassifier, "classifier", place, tracking_uri)
+
+
+def _opened_as(kind: type[_Kind], noun: str, place: str, tracking_uri: str | None) -> _Kind:
     opened = open_model(place, tracking_uri)
-    if not isinstance(opened, LocalClassifier):
-        raise UserError(f"{place}: a model of the family {opened.document['family']} is no classifier: give one")
+    if not isinstance(opened, kind):
+        raise UserError(f"{place}: a model of the family {opened.document['family']} is no {noun}: give one")
     return opened
 
 

@@ -113,6 +113,7 @@ def toy(spec: str) -> Toy:
     default = TOYS.get(kind)
     if default is None:
         raise UserError(f"unknown toy {kind!r}: choose one of {', '.join(TOYS)}")
+    # The protocol does not say that toys are dataclasses; they all are.
     known = {field.name: type(getattr(default, field.name)) for field in fields(default)}  # type: ignore[arg-type]
     values = {name: getattr(default, name) for name in known}
     for part in filter(None, text.split(",")):

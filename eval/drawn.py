@@ -15,18 +15,19 @@ from data.pixels import quantise
 _PARTITION_VALUES = 4 << 20
 
 
-class Generator(Protocol):
-    """What is judged: it draws samples, and where `is_density`, it has log-densities in nats of them as well.
+class Sampler(Protocol):
+    """What draws samples, as NumPy arrays [n, d] or [n, *shape]."""
 
-    Both are NumPy arrays over flattened samples [n, d].
-    """
+    def sample(self, n: int, seed: int) -> np.ndarray: ...
+
+
+class Generator(Sampler, Protocol):
+    """What is judged: it draws samples, and where `is_density`, it has log-densities in nats of them [n, d] as well."""
 
     @property
     def is_density(self) -> bool: ...
 
     def log_prob(self, x: np.ndarray) -> np.ndarray: ...
-
-    def sample(self, n: int, seed: int) -> np.ndarray: ...
 
 
 class DrawnPartitions(Partitions):
@@ -41,7 +42,7 @@ class DrawnPartitions(Partitions):
 
     def __init__(
         self,
-        opened: Callable[[], Generator],
+        opened: Callable[[], Sampler],
         n: int,
         seed: int,
         *,

@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 # Before anything reads it: MLflow must not call home, and deepspeed must not look for a GPU on a CPU machine.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -16,6 +17,34 @@ from data.shards import pack
 from data.sources import SourceOptions, open_source
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+class Called(NamedTuple):
+    """What a command line ended with."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def call(monkeypatch, capfd, tmp_path):
+    """Calls the command line in this process and in tmp_path, with an MLflow of its own there."""
+    from cluster import cli
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["manymodes", *map(str, arguments)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as exit_:
+            code = exit_.code or 0
+        return Called(code, *capfd.readouterr())
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,9 @@
-"""Starting points of mixtures: clusters of a sample of the data, and one factor analysis of each."""
+"""Starting points: of mixtures clusters of a sample of the data, and a factor analysis of each; of networks a scale."""
 
 from __future__ import annotations
+
+import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +19,8 @@ from trainer.settings import TRAIN_SPLIT, InitialisationSettings, TrainingSettin
 
 _COMPARED_SAMPLES = 10_000  # by which starting points are compared
 _SUBSPACE_ROUNDS = 3
+# What mean and standard deviation of a network's inputs are taken from.
+_SCALED_BYTES, _FEWEST_SCALED = 64 << 20, 256
 # Of the prior's variances under smoothing, the part that is common to all components, and in it to all features: a
 # feature that is constant in one component's samples, or in all, may still differ in a sample to come.
 _COMMON_SHARE, _FLAT_SHARE = 0.1, 0.01
@@ -32,6 +37,15 @@ def initial_rows(manifest: Manifest, training: TrainingSettings, settings: Initi
         augment=training.augment,
     )
     return next(iter(stream.epoch(0)))["x"].flatten(1).numpy()
+
+
+def initialise_scale(
+    model: Any, manifest: Manifest, training: TrainingSettings, settings: InitialisationSettings
+) -> None:
+    """Gives a network (`set_scale`) mean and standard deviation of some training samples."""
+    few = max(_FEWEST_SCALED, _SCALED_BYTES // (4 * math.prod(manifest.shape)))
+    rows = initial_rows(manifest, training, settings.model_copy(update={"max_samples": few}))
+    model.set_scale(torch.from_numpy(rows))
 
 
 def initialise_mfa(

@@ -39,13 +39,8 @@ _BATCH = 500
 class Drawing:
     """A model in memory, as `DrawnPartitions` asks it."""
 
-    is_density = False
-
     def __init__(self, model: Any) -> None:
         self.model = model
-
-    def log_prob(self, x: np.ndarray) -> np.ndarray:
-        raise NotImplementedError
 
     def sample(self, n: int, seed: int) -> np.ndarray:
         generator = torch.Generator().manual_seed(seed)

@@ -110,6 +110,7 @@ def components(d: int, width: int, n_layers: int, batch: int) -> None:
     logits = nn.Parameter(torch.zeros(10))
 
     def loop() -> torch.Tensor:
+        # A ModuleList gives modules, of which mypy knows no log_prob.
         parts = torch.stack([one.log_prob(x) for one in singles], 1)  # type: ignore[operator]
         return -(parts + logits.log_softmax(0)).logsumexp(1).mean()
 
@@ -133,6 +134,7 @@ def libraries(d: int, width: int, n_layers: int, batch: int, n_couplings: int = 
     for name, make in (("zuko", _zuko), ("nflows", _nflows), ("normflows", _normflows)):
         with contextlib.suppress(ImportError):
             flow, log_prob = make(d, width, n_layers, n_couplings)
+            # The default keeps this round's function; mypy cannot infer its type.
             steps[name] = step_of(lambda log_prob=log_prob: -log_prob(x).mean(), list(flow.parameters()))  # type: ignore[misc]
     times = fastest(steps)
     ours = times.pop("ours")
@@ -190,6 +192,7 @@ def _perceptron(n_in: int, n_out: int, width: int, n_layers: int) -> nn.Module:
     sizes = [n_in, *[width] * n_layers]
     hidden = [m for a, b in zip(sizes, sizes[1:]) for m in (nn.Linear(a, b), nn.ReLU())]  # noqa: RUF007
     layers = nn.Sequential(*hidden, nn.Linear(sizes[-1], n_out))
+    # nflows gives its networks a second argument, which these do not take.
     layers.forward = (lambda run: lambda x, context=None: run(x))(layers.forward)  # type: ignore[method-assign]
     return layers
 

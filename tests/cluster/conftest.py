@@ -8,30 +8,27 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 
-from cluster import cli
+sys.path.insert(0, str(Path(__file__).parent))  # the helpers in this folder are imported by name
+
+from scored import blobs
 
 
 @pytest.fixture
-def call(monkeypatch, capfd, tmp_path):
-    """Calls the command line in tmp_path; returns (exit code, stdout, stderr)."""
+def sets(tmp_path, monkeypatch):
+    """Known samples with labels, others of the same distribution, and some that lack a mode; in this folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["manymodes", *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as exit_:
-            code = exit_.code or 0
-        out = capfd.readouterr()
-        return code, out.out, out.err
-
-    return run
+    x = blobs(1200)
+    np.savez("known.npz", x=x, y=np.arange(1200) % 4)
+    np.save("same.npy", blobs(500, 1))
+    near = np.square(blobs(500, 2) - x[:1, ...]).sum((1, 2, 3)) < 2.5
+    np.save("part.npy", blobs(500, 2)[~near])
+    return tmp_path
 
 
 @dataclass

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from cluster import cli
 from cluster.models import open_autoencoder
 from cluster.pipeline import run_job
 from cluster.recipe import load_recipe
@@ -27,21 +26,6 @@ def job(tmp_path_factory):
         uri=uri,
         summary=json.loads((folder / "out" / "summary.json").read_text()),
     )
-
-
-@pytest.fixture
-def call(monkeypatch, capfd, tmp_path):
-    """Runs the command line in this process and an empty folder; returns exit code, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        monkeypatch.setattr("sys.argv", ["manymodes", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        out, err = capfd.readouterr()
-        return SimpleNamespace(code=caught.value.code or 0, out=out, err=err)
-
-    return run
 
 
 def held_out(place, split="test"):

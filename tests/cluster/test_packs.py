@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import ray
 import torch
+from scored import run
 
 from data.errors import UserError
 from data.manifest import load_manifest
@@ -24,14 +25,6 @@ def halves(x):
 def broken(x):
     return x.reshape(len(x), -1) * (np.nan if float(x.sum()) > 1640 else 1)
 """
-
-
-def run(*arguments):
-    from typer.testing import CliRunner
-
-    from cluster.cli import app
-
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=True)
 
 
 @pytest.fixture

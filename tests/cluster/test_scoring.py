@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import tarfile
 
 import numpy as np
@@ -12,13 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
-from filelock import FileLock
 from PIL import Image
+from scored import FEW, blobs, run
 
 from cluster.counting import ray_pass
 from cluster.scoring import Taking, open_set, open_view, saved_table
 from cluster.session import ray_session
-from cluster.watch import Thresholds, verdict
 from data import storage
 from data.errors import UserError
 from data.partitions import MemoryPartitions, Partitions, open_partitions
@@ -26,7 +26,6 @@ from eval.bins import BinSettings
 from eval.comparison import judge_set
 from eval.evaluate import Rule
 from eval.measure import View, local_pass
-from eval.metrics import ndb
 from eval.reference import fit_reference
 from eval.scores import ScoreSettings
 
@@ -35,6 +34,8 @@ SCORES = ScoreSettings(subsample=200)
 
 @pytest.fixture(scope="module")
 def two_workers(finished_job):  # a job needs to start Ray itself: it comes first
+    # What is defined here travels whole: a worker cannot import this file, nor the helpers beside it.
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     with ray_session(None, 2):
         yield
 
@@ -56,13 +57,6 @@ class Killing(Partitions):
             open(self.mark, "w").close()
             os.kill(os.getpid(), signal.SIGKILL)
         yield from self.inner.pieces(number)
-
-
-def blobs(n, seed=0):
-    rng = np.random.default_rng(seed)
-    points = np.random.default_rng(5).random((10, 8, 8, 1))
-    x = points[rng.integers(0, 10, n)] + 0.1 * rng.standard_normal((n, 8, 8, 1))
-    return x.astype(np.float32)
 
 
 def scores_by(over_of, parts, samples):
@@ -120,28 +114,6 @@ def test_a_model_is_judged_without_storing_its_samples(finished_job, two_workers
 
 def test_extractors_are_opened_once():
     assert open_view("pixels", None, None) is open_view("pixels", None, None)
-
-
-@pytest.fixture
-def sets(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    x = blobs(1200)
-    np.savez("known.npz", x=x, y=np.arange(1200) % 4)
-    np.save("same.npy", blobs(500, 1))
-    near = np.square(blobs(500, 2) - x[:1, ...]).sum((1, 2, 3)) < 2.5
-    np.save("part.npy", blobs(500, 2)[~near])
-    return tmp_path
-
-
-def run(*arguments):
-    from typer.testing import CliRunner
-
-    from cluster.cli import app
-
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=True)
-
-
-FEW = ("--bins", 10, "--n-init", 1, "--subsample", 200, "--scores", "none")
 
 
 def test_one_yardstick_for_many_evaluations(sets):
@@ -226,46 +198,6 @@ def test_several_numbers_of_bins_and_a_report_in_one_call(sets):
     assert json.loads((sets / "r.json").read_text()) == rows
 
 
-def test_watch_tells_drift_by_its_exit_code_and_keeps_a_history(sets):
-    run("reference", "known.npz", "--out", "ref", *FEW)
-    quiet = run("watch", "same.npy", "--reference", "ref", "--history", "h/history.jsonl", "--json")
-    assert quiet.exit_code == 0, quiet.exception
-    loud = run("watch", "part.npy", "--reference", "ref", "--history", "h/history.jsonl", "--json")
-    assert loud.exit_code == 3
-    found = json.loads(loud.stdout)
-    assert found["batch"]["drift"]
-    assert found["all"]["batches"] == 2
-    lines = [json.loads(line) for line in (sets / "h/history.jsonl").read_text().splitlines()]
-    assert found["all"]["n"] == sum(line["n"] for line in lines)
-    again = json.loads(run("watch", "part.npy", "--reference", "ref", "--history", "h/history.jsonl", "--json").stdout)
-    assert again["all"] == found["all"]  # the same samples once more: no new batch
-    assert all(line["level"] == 0.001 and "at 0.0005" in line["rule"] and line["space"] == "pixels" for line in lines)
-    # A quiet batch behind a loud history: all batches together have drifted.
-    more = blobs(3000, 9)
-    near = np.square(more - np.load("known.npz")["x"][:1]).sum((1, 2, 3)) < 2.5
-    np.save("more.npy", more[~near])
-    np.save("quiet.npy", blobs(300, 7))
-    assert run("watch", "more.npy", "--reference", "ref", "--history", "h/history.jsonl").exit_code == 3
-    third = run("watch", "quiet.npy", "--reference", "ref", "--history", "h/history.jsonl", "--json")
-    found = json.loads(third.stdout)
-    assert (found["batch"]["drift"], found["all"]["drift"], third.exit_code) == (False, True, 3)
-    run("reference", "same.npy", "--out", "other", *FEW)
-    refused = run("watch", "part.npy", "--reference", "other", "--history", "h/history.jsonl")
-    assert "history of its own" in str(refused.exception)
-    unfitted = run("watch", "same.npy", "--reference", "known.npz", "--history", "h")
-    assert "no fitted reference" in str(unfitted.exception)
-
-
-def test_watch_alarms_at_its_rate():
-    """200 batches of 3 samples a bin at 5 %: more than 22 alarms have odds of 1e-4; the union of two tests is bound."""
-    rng, p = np.random.default_rng(3), np.random.default_rng(2).dirichlet(np.full(60, 2.0))
-    found = [
-        verdict(ndb.score(rng.multinomial(180, p), rng.multinomial(180, p)), Thresholds(level=0.05))["drift"]
-        for _ in range(200)
-    ]
-    assert sum(found) <= 22
-
-
 def test_results_per_sample_and_the_missing_bins(sets):
     found = run(
         *("evaluate", "part.npy", "--reference", "known.npz", "--bins", 10, "--n-init", 1, "--scores", "manifold"),
@@ -331,30 +263,6 @@ def test_what_cannot_be_done_is_refused_before_the_samples_are_read(sets, monkey
     assert whole.exit_code == 0, whole.exception
     assert "none is missing: nothing is exported" in whole.output
     assert (sets / "r.html").exists()
-
-
-def test_a_damaged_history_is_told_and_kept(sets):
-    watch = ("watch", "same.npy", "--reference", "ref", "--history", "h")
-    run("reference", "known.npz", "--out", "ref", *FEW)
-    assert run(*watch).exit_code == 0
-    entry = {**json.loads((sets / "h").read_text()), "samples_fingerprint": "other"}
-    counts = (5, [1.5] * 10, [-1] * 10, [10**30] * 10, [[1]] * 10)
-    faults = [json.dumps({**entry, "counts": each}) for each in counts]
-    for line in [*faults, "[" * 200_000, "[]", json.dumps(entry)[:-9]]:
-        (sets / "h").write_text(line)
-        refused = run(*watch)
-        assert isinstance(refused.exception, UserError), line[:99]
-        assert "line 1 is no record" in str(refused.exception)
-        assert (sets / "h").read_text() == line
-
-
-def test_a_history_that_another_process_holds_is_told(sets, monkeypatch):
-    monkeypatch.setattr("cluster.watch._LOCK_SECONDS", 0.1)
-    run("reference", "known.npz", "--out", "ref", *FEW)
-    with FileLock("h.lock"):
-        refused = run("watch", "same.npy", "--reference", "ref", "--history", "h")
-    assert isinstance(refused.exception, UserError)
-    assert "another process" in str(refused.exception)
 
 
 def test_damaged_results_are_told(sets):

@@ -56,21 +56,6 @@ def digits_reference(digits_pack, tmp_path_factory):
     return _reference(str(tmp_path_factory.mktemp("reference")), digits_pack)
 
 
-@pytest.fixture
-def call(monkeypatch, capfd):
-    """Runs the command line in this process; returns exit code, stdout, stderr."""
-    from cluster import cli
-
-    def run(*arguments):
-        monkeypatch.setattr("sys.argv", ["manymodes", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        out, err = capfd.readouterr()
-        return SimpleNamespace(code=caught.value.code or 0, out=out, err=err)
-
-    return run
-
-
 @pytest.fixture(scope="session")
 def shelf(tmp_path_factory, digits_pack, digits_reference):
     """A registry: `put(model, name, alias)` registers a mixture with its run, reference and scores.

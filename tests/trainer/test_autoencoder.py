@@ -74,7 +74,8 @@ def test_contract(shape, bounded, tmp_path, manifest_for):
         model.decode(torch.zeros(2, 4))
 
 
-def test_precision_and_layout_do_not_change_what_a_model_says():
+def test_precision_and_layout_do_not_change_what_a_model_says(monkeypatch):
+    monkeypatch.setattr("trainer.models.precision.has_bfloat16", lambda device_type: True)
     torch.manual_seed(0)
     plain = Autoencoder((8, 8), 2, width=4, channels_last=False)
     fast = Autoencoder((8, 8), 2, width=4, precision="bfloat16")

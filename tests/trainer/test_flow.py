@@ -391,14 +391,17 @@ def test_two_workers_learn_weights_by_em_as_one_does(ring_pack, tmp_path):
             assert torch.allclose(value, tensors[key], atol=2e-5), (name, key)
 
 
-def test_bfloat16_products_are_for_training_alone():
+@pytest.mark.parametrize("instructions", [True, False])
+def test_bfloat16_products_are_for_training_alone_and_for_machines_that_have_them(monkeypatch, instructions):
+    monkeypatch.setattr("trainer.models.precision.has_bfloat16", lambda device_type: instructions)
     exact, model = (random_flow([6], 2, dtype=torch.float32, precision=p) for p in ("float32", "bfloat16"))
     x = rows_for(model, 200)
     assert torch.equal(exact.log_prob(x), model.log_prob(x))
     rough = model.train()(x)[0]
     assert rough.dtype == torch.float32
     error = (rough - exact.log_prob(x)).abs().max()
-    assert 0 < error < 0.1
+    assert error < 0.1
+    assert bool(error > 0) == instructions
     rough.mean().backward()
     exact.log_prob(x).mean().backward()
     ours, theirs = (torch.cat([p.grad.flatten() for p in m.parameters()]) for m in (model, exact))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
     from trainer.models.classifier import Classifier
     from trainer.objectives import Objective
 
-# What mean and standard deviation of the samples are taken from.
-_SCALE_BYTES, _FEWEST_ROWS = 64 << 20, 256
 _OF_SLICES = ("projections", "prior_samples", "power")
 _NAMES = {"none": "autoencoder", "sliced-wasserstein": "SWAE", "mmd": "WAE-MMD", "gan": "WAE-GAN", "kl": "VAE"}
 
@@ -117,7 +114,9 @@ class AutoencoderSettings(FamilySettings):
     n_hidden: int = Field(128, ge=1, description="units of a hidden layer")
     n_layers: int = Field(2, ge=0, description="hidden layers of each network; not of images")
     width: int = Field(16, ge=1, description="images: channels of the first stage, which each stage doubles")
-    precision: Literal["float32", "bfloat16"] = Field("float32", description="of training's matrix products")
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of training's matrix products; bfloat16 is left where a machine only emulates it"
+    )
     channels_last: bool = Field(True, description="images: channels last in memory, which is faster in most places")
     codes_per_image: int = Field(
         1, ge=1, description="codes in the regulariser for each image that is decoded, all of training.batch_size"
@@ -194,14 +193,10 @@ class AutoencoderSettings(FamilySettings):
     def initialise(
         self, model: Any, manifest: Manifest, training: TrainingSettings, initialisation: InitialisationSettings
     ) -> None:
-        import torch
-
-        from trainer.initialise import initial_rows
+        from trainer.initialise import initialise_scale
 
         if not model.bounded:
-            few = max(_FEWEST_ROWS, _SCALE_BYTES // (4 * math.prod(manifest.shape)))
-            rows = initial_rows(manifest, training, initialisation.model_copy(update={"max_samples": few}))
-            model.set_scale(torch.from_numpy(rows))
+            initialise_scale(model, manifest, training, initialisation)
 
     def objective(self, model: Any, manifest: Manifest, training: TrainingSettings) -> Objective:
         from trainer.objectives import autoencoding as of

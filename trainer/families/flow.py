@@ -50,7 +50,7 @@ class FlowSettings(FamilySettings):
     )
     pretrain_steps: int = Field(0, ge=0, description="first steps, in which each component learns its own label alone")
     precision: Literal["float32", "bfloat16"] = Field(
-        "float32", description="of matrix products in training; densities are never computed in less than float32"
+        "float32", description="of training's matrix products; bfloat16 is left where a machine only emulates it"
     )
 
     adversarial: AdversarialSettings | None = Field(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -15,9 +14,6 @@ if TYPE_CHECKING:
 
     from data.manifest import Manifest
     from trainer.objectives import Objective
-
-# What mean and standard deviation of the samples are taken from.
-_SCALE_BYTES, _FEWEST_ROWS = 64 << 20, 256
 
 
 class GANSettings(FamilySettings):
@@ -72,14 +68,10 @@ class GANSettings(FamilySettings):
     def initialise(
         self, model: Any, manifest: Manifest, training: TrainingSettings, initialisation: InitialisationSettings
     ) -> None:
-        import torch
-
-        from trainer.initialise import initial_rows
+        from trainer.initialise import initialise_scale
 
         if not model.bounded:
-            few = max(_FEWEST_ROWS, _SCALE_BYTES // (4 * math.prod(manifest.shape)))
-            rows = initial_rows(manifest, training, initialisation.model_copy(update={"max_samples": few}))
-            model.set_scale(torch.from_numpy(rows))
+            initialise_scale(model, manifest, training, initialisation)
 
     def objective(self, model: Any, manifest: Manifest, training: TrainingSettings) -> Objective:
         return self._training.objective(model, manifest, training)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 class LatentMixtureSettings(GANSettings):
     """A generator of a latent mixture with equal weights: DeLiGAN, where means and deviations are learnt."""
 
+    # A family's name is its own, and no kind of its parent's.
     family: Literal["latent_mixture"] = Field(  # type: ignore[assignment]
         "latent_mixture", description="model family; one file in trainer/models each"
     )

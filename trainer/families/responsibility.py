@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -16,8 +15,6 @@ if TYPE_CHECKING:
     from data.manifest import Manifest
     from trainer.objectives import Objective
 
-# What mean and standard deviation of the samples are taken from.
-_SCALE_BYTES, _FEWEST_ROWS = 64 << 20, 256
 # The discriminator starts from a seed of its own: it leaves the model's start as it is.
 _DISCRIMINATOR_SEED = 1
 
@@ -95,14 +92,10 @@ class ResponsibilitySettings(FamilySettings):
     def initialise(
         self, model: Any, manifest: Manifest, training: TrainingSettings, initialisation: InitialisationSettings
     ) -> None:
-        import torch
-
-        from trainer.initialise import initial_rows
+        from trainer.initialise import initialise_scale
 
         if not model.bounded:
-            few = max(_FEWEST_ROWS, _SCALE_BYTES // (4 * math.prod(manifest.shape)))
-            rows = initial_rows(manifest, training, initialisation.model_copy(update={"max_samples": few}))
-            model.set_scale(torch.from_numpy(rows))
+            initialise_scale(model, manifest, training, initialisation)
 
     def objective(self, model: Any, manifest: Manifest, training: TrainingSettings) -> Objective:
         import torch

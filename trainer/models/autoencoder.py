@@ -19,7 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from trainer.models.precision import reduced_products
 from trainer.models.priors import Prior
+from trainer.models.scaling import mean_and_deviation
 
 _SMALLEST_IMAGE, _GRID = 8, 4
 _MOST_DOUBLINGS = 3  # of the channels
@@ -56,7 +58,7 @@ class Autoencoder(nn.Module):
         width: images: channels of the first stage; each stage has twice as many, eight times at most.
         bounded: whether values lie in [0, 1].
         stochastic: whether the encoder gives a Gaussian, N(mean, exp(log variance)), as a VAE's does.
-        precision: of training, float32 or bfloat16.
+        precision: of training, float32 or bfloat16 (float32 where the machine has no instructions for it).
         channels_last: images: how they lie in memory, which decides speed and rounding alone.
     """
 
@@ -145,10 +147,9 @@ class Autoencoder(nn.Module):
         """
         if self.bounded:
             return
-        rows = x.reshape(-1, len(self.offset)).double()
-        std = rows.std(0, correction=0)
-        self.offset.copy_(rows.mean(0))
-        self.scale.copy_(torch.where(std > 1e-6 * rows.abs().amax(0).clamp_min(1e-30), std, torch.ones_like(std)))
+        mean, deviation = mean_and_deviation(x, len(self.offset))
+        self.offset.copy_(mean)
+        self.scale.copy_(deviation)
 
     def scaled(self, x: Tensor) -> Tensor:
         """x [batch, ...] as the networks see it and `Coded.raw` means it, [batch, n_features].
@@ -230,8 +231,7 @@ class Autoencoder(nn.Module):
         return (raw.unflatten(1, (-1, len(self.offset))) * self.scale + self.offset).flatten(1)
 
     def _faster(self) -> Any:
-        on = self.training and self.precision == "bfloat16"
-        return torch.autocast(self.offset.device.type, torch.bfloat16, enabled=on)
+        return reduced_products(self.offset.device.type, self.training and self.precision == "bfloat16")
 
     @property
     def _layout(self) -> torch.memory_format:

@@ -1,6 +1,6 @@
 """A small classifier: a convolutional network for images, a multi-layer perceptron for other samples.
 
-This file imports only torch and the standard library, so that it travels with a registered model as it is.
+It imports only torch, the standard library and its neighbours, so that it travels with a registered model as it is.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from trainer.models.scaling import mean_and_deviation
 
 _SMALLEST_IMAGE = 8
 _MOST_STAGES = 5
@@ -63,10 +65,9 @@ class Classifier(nn.Module):
 
         Images: one pair per channel; others: one per feature, and 1 where a feature is constant.
         """
-        rows = x.reshape(-1, len(self.offset)).double()
-        std = rows.std(0, correction=0)
-        self.offset.copy_(rows.mean(0))
-        self.scale.copy_(torch.where(std > 1e-6 * rows.abs().amax(0).clamp_min(1e-30), std, torch.ones_like(std)))
+        mean, deviation = mean_and_deviation(x, len(self.offset))
+        self.offset.copy_(mean)
+        self.scale.copy_(deviation)
 
     def features(self, x: Tensor) -> Tensor:
         """Activations of the last hidden layer, [batch, n_hidden], for x [batch, ...].

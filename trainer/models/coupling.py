@@ -1,6 +1,6 @@
 """Coupling layers of normalising flows: T flows side by side, every layer one batched matrix product or convolution.
 
-This file imports only torch and the standard library, so that it travels with a registered model as it is.
+This file imports only torch, the standard library and its neighbours: with these it travels in a registered model.
 
 References:
     L. Dinh, D. Krueger, Y. Bengio, NICE: Non-linear Independent Components Estimation, 2014 (arXiv 1410.8516).
@@ -17,6 +17,8 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from trainer.models.precision import reduced_products
 
 # Bound of a layer's log-scales: an affine layer stretches by at most a thousand, or one step far out would overflow.
 _LARGEST_LOG_SCALE = math.log(1000)
@@ -75,6 +77,7 @@ class ConvNet(nn.Module):
         def convolution(inputs: int, outputs: int, size: int, gain: float) -> nn.Conv2d:
             layer = nn.Conv2d(t * inputs, t * outputs, size, padding=size // 2, groups=t)
             nn.init.normal_(layer.weight, std=gain * math.sqrt(2 / (inputs * size**2)))
+            # Typed as optional: there is one, as none was refused above.
             nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
             return layer
 
@@ -99,7 +102,7 @@ class Coupling(nn.Module):
         n_given, n_changed: features of a and b.
         affine: whether b is scaled.
         axis: of the features.
-        reduced: compute the network's matrix products in bfloat16 in training mode; scales and sums never are.
+        reduced: compute the network's matrix products in training mode by `reduced_products`; never scales and sums.
     """
 
     def __init__(
@@ -120,7 +123,7 @@ class Coupling(nn.Module):
         return b - shift if log_scale is None else (b - shift) * (-log_scale).exp()
 
     def _parts(self, a: Tensor) -> tuple[Tensor, Tensor | None]:
-        with torch.autocast(a.device.type, torch.bfloat16, enabled=self.reduced and self.training):
+        with reduced_products(a.device.type, self.reduced and self.training):
             out = self.network(a)
         out = out.to(a.dtype)
         if not self.affine:

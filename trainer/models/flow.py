@@ -52,8 +52,8 @@ class Flow(nn.Module):
         logit: α of y = logit(α + (1 - 2 α) x) for data in [0, 1]; None leaves the data as they are.
         weights, weight_rate, weight_start, entropic_weight, stick_breaking, n_train: of the mixing coefficients; see
             `MixingWeights`.
-        precision: of the networks' matrix products in training mode; densities and scores are never computed in less
-            than float32.
+        precision: of the networks' matrix products in training mode, "float32" or "bfloat16" (float32 where the machine
+            has no instructions for it); densities and scores are never computed in less than float32.
 
     Raises:
         ValueError: sizes or options that make no flow.

@@ -3,7 +3,7 @@
 Networks for images follow DCGAN's plan (strided and transposed 4x4 convolutions, no pooling), with group in place of
 batch normalisation: no sample depends on the others of its batch, so that workers that share a batch train one
 network, the gradient penalty is one of each sample, and a drawn image is a function of its own noise.
-This file imports only torch and the standard library, so that it travels with a registered model as it is.
+It imports only torch, the standard library and its neighbours, so that it travels with a registered model as it is.
 
 References:
     A. Radford, L. Metz, S. Chintala, Unsupervised Representation Learning with DCGAN, ICLR 2016.
@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from trainer.models.scaling import mean_and_deviation
 
 _SMALLEST_GRID = 4
 _MOST_DOUBLINGS = 3  # of the channels
@@ -100,10 +102,9 @@ class Generator(nn.Module):
         """
         if self.bounded:
             return
-        rows = x.reshape(-1, len(self.offset)).double()
-        std = rows.std(0, correction=0)
-        self.offset.copy_(rows.mean(0))
-        self.scale.copy_(torch.where(std > 1e-6 * rows.abs().amax(0).clamp_min(1e-30), std, torch.ones_like(std)))
+        mean, deviation = mean_and_deviation(x, len(self.offset))
+        self.offset.copy_(mean)
+        self.scale.copy_(deviation)
 
     def decode(self, z: Tensor) -> Tensor:
         """The samples of noise z [n, n_latent], [n, n_features]."""
