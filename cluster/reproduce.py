@@ -10,7 +10,7 @@ import re
 import statistics
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from trainer.fit import Fit, trained_tensors
 from trainer.loop import Callbacks, LogEntry
 
 MAX_RETRIES = 3
-_BEFORE = "start/"
+_BEFORE, _RESULT = "start/", "result.json"
 
 
 def reproduce(
@@ -62,7 +62,8 @@ def reproduce(
 
     Args:
         study: see `cluster.reproductions`.
-        out: path or URL of a folder that all nodes reach.
+        out: path or URL of a folder that all nodes reach. The table and figures there are of all members that are
+            finished, also by earlier calls with the same overrides.
         seeds: 0 to seeds - 1 are trained; the study's own number if None.
         only: labels of members; all if empty.
         overrides: of all recipes.
@@ -98,13 +99,16 @@ def reproduce(
             if jobs:
                 _train(study, jobs, out, record, stages, "train what judges", **place)
             for each in built_on:
+                recipes[each.label] = _recipe(each, overrides, out)  # anew: what it is built on is there now
                 recipes[each.label].model.check(packs[each.label], recipes[each.label].initialisation)
             with stages.stage("prepare") as advance:
                 study.prepare(out, {each.label: packs[each.label] for each in members}, lambda t: advance(0, text=t))
             jobs = [(each, recipes[each.label], packs[each.label], seed) for seed in numbers for each in members]
             outcomes = _train(study, jobs, out, record, stages, "train and measure", **place)
             with stages.stage("figures"):
-                table = _write(study, members, outcomes, out, stages)
+                outcomes |= _finished_before(study, members, recipes, packs, overrides, out, numbers)
+                shown = [member for member in study.members if outcomes.get(member.label)]
+                table = _write(study, shown, outcomes, out, stages)
             tracking.log_files(uri, run_id, _files(out), "study")
         except BaseException:
             tracking.finish_run(uri, run_id, failed=True)
@@ -127,9 +131,19 @@ def _chosen(study: Reproduction, only: Sequence[str]) -> list[Member]:
 
 
 def _recipe(member: Member, overrides: Sequence[str], out: str = ".") -> Recipe:
-    own = ["scaling.workers=1", *(text.replace("{out}", out) for text in member.overrides)]
+    own = ["scaling.workers=1", *(_filled(text, out) for text in member.overrides)]
     # What is for all members need not fit what only judges them, such as fields of a model.
     return load_recipe(member.recipe, [*own, *overrides])
+
+
+def _filled(override: str, out: str) -> str:
+    """An override with what {out} and {sha256 LABEL} stand for; a checksum is empty until its model is trained."""
+
+    def checksum(found: re.Match[str]) -> str:
+        weights = storage.join(member_folder(out, found[1], 0), "model", "weights.safetensors")
+        return storage.sha256(weights) if storage.exists(weights) else ""
+
+    return re.sub(r"\{sha256 ([^}]+)\}", checksum, override.replace("{out}", out))
 
 
 def _packed(recipes: dict[str, Recipe], out: str, stages: Stages) -> dict[str, Manifest]:
@@ -138,7 +152,7 @@ def _packed(recipes: dict[str, Recipe], out: str, stages: Stages) -> dict[str, M
     places: dict[str, Manifest] = {}
     for label, recipe in recipes.items():
         data = recipe.data
-        key = json.dumps(data.model_dump(mode="json"), sort_keys=True)
+        key = _data_key(recipe)
         if key not in places:
             if data.source is None:
                 places[key] = load_manifest(storage.check_url(str(data.shards)))
@@ -148,6 +162,10 @@ def _packed(recipes: dict[str, Recipe], out: str, stages: Stages) -> dict[str, M
                 places[key] = _reused(place, source) or _pack(source, place, data.rows_per_block, stages)
         packs[label] = places[key]
     return packs
+
+
+def _data_key(recipe: Recipe) -> str:
+    return json.dumps(recipe.data.model_dump(mode="json"), sort_keys=True)
 
 
 def _reused(place: str, source: Any) -> Manifest | None:
@@ -195,7 +213,7 @@ def _train(
                 result_of(ready)
                 found = _outcome(member_folder(out, member.label, seed), seed)
                 outcomes[member.label].append(found)
-                record.add(f"{member.label}, seed {seed}", found.metrics)
+                record.add(f"{member.label}, seed {seed}", {k: v for k, v in found.metrics.items() if math.isfinite(v)})
         finally:
             for reference in waiting:
                 ray.cancel(reference, force=True)
@@ -216,9 +234,8 @@ def _run_one(
     recipe = Recipe.model_validate(document)
     recipe.training.seed = seed
     manifest, folder = load_manifest(shards), member_folder(out, member.label, seed)
-    name, identity = f"{member.label}, seed {seed}", f"{recipe.fingerprint()} {manifest.fingerprint}"
-    done = storage.join(folder, "result.json")
-    if storage.exists(done) and json.loads(storage.read_bytes(done)).get("identity") == identity:
+    name, identity = f"{member.label}, seed {seed}", _identity(recipe, manifest)
+    if _is_done(folder, identity):
         board.count.remote(name, recipe.training.length, name)
         return
     with torch.random.fork_rng(devices=[]):
@@ -232,8 +249,10 @@ def _run_one(
         return made[-1]
 
     judged = member in study.members
-    before = study.measure(Trained(model.eval(), None, recipe, manifest, seed, out)) if judged else {}
+    untrained = Trained(model.eval(), None, recipe, manifest, seed, out)
+    before = study.measure(untrained) if judged and study.measures_start else {}
     history: list[LogEntry] = []
+    followed: dict[str, dict[str, float]] = {}  # by steps, as JSON has them
     device = torch.device("cuda") if on_gpu else None
     fit = Fit(model.train(), manifest, recipe.training, device=device, objective=objective)
     details = {"stream": fit.order(), "identity": identity}
@@ -243,11 +262,17 @@ def _run_one(
         board.count.remote(name, entry.step, f"{name}: {entry.metrics['samples_per_second']:,.0f} samples/s")
 
     def on_checkpoint(step: int, state: State) -> None:
+        if judged:
+            found = study.follow(Trained(_as_trained(model, state), None, recipe, manifest, seed, out))
+            followed.update({str(step): found} if found else {})
         plain = [{"step": entry.step, "metrics": entry.metrics} for entry in history]
         place = storage.join(folder, "checkpoints")
         seconds = resumed_seconds + time.perf_counter() - began
         save_checkpoint(
-            storage.join(place, f"{step:08d}"), step, state, {**details, "history": plain, "seconds": seconds}
+            storage.join(place, f"{step:08d}"),
+            step,
+            state,
+            {**details, "history": plain, "followed": followed, "seconds": seconds},
         )
         for old in storage.names(place):
             if old != f"{step:08d}":
@@ -257,15 +282,14 @@ def _run_one(
     found = _checkpoint(storage.join(folder, "checkpoints"), details)
     if found is not None:
         history += [LogEntry(entry["step"], entry["metrics"]) for entry in found.details["history"]]
+        followed.update(found.details["followed"])
         resumed_seconds, resume = float(found.details["seconds"]), (found.step, found.state)
     began = time.perf_counter()
     state = fit.run(Callbacks(on_log, on_checkpoint), resume)
     seconds = resumed_seconds + time.perf_counter() - began
-    tensors = trained_tensors(state)
-    final: Any = type(model)(**model.config)
-    final.load_state_dict({key: tensors.get(key, value) for key, value in model.cpu().state_dict().items()})
+    final = _as_trained(model, state)
     critic = made[0].players["critic"].module.cpu().eval() if made and "critic" in made[0].players else None
-    trained = Trained(final.eval(), critic, recipe, manifest, seed, out)
+    trained = Trained(final, critic, recipe, manifest, seed, out)
     dequantised = recipe.training.dequantises(manifest.levels)
     save_model(storage.join(folder, "model"), final, recipe.model.family, manifest, dequantised=dequantised)
     metrics = {**{_BEFORE + key: value for key, value in before.items()}, **(study.measure(trained) if judged else {})}
@@ -274,14 +298,58 @@ def _run_one(
     logged = [entry for entry in history if study.curve in entry.metrics]
     result = {
         "identity": identity,
-        "metrics": {key: value for key, value in metrics.items() if math.isfinite(value)},
+        "metrics": metrics,
         "steps": [entry.step for entry in logged],
         "curve": [entry.metrics[study.curve] for entry in logged],
+        "followed": followed,
         "seconds": round(seconds, 2),
     }
-    storage.write_text(done, json.dumps(result))
+    storage.write_text(storage.join(folder, _RESULT), json.dumps(result))
     storage.remove(storage.join(folder, "checkpoints"))
     board.count.remote(name, recipe.training.length, name)
+
+
+def _identity(recipe: Recipe, manifest: Manifest) -> str:
+    """Of a training, with its seed in the recipe."""
+    return f"{recipe.fingerprint()} {manifest.fingerprint}"
+
+
+def _is_done(folder: str, identity: str) -> bool:
+    done = storage.join(folder, _RESULT)
+    return storage.exists(done) and json.loads(storage.read_bytes(done)).get("identity") == identity
+
+
+def _finished_before(
+    study: Reproduction,
+    members: Sequence[Member],
+    recipes: dict[str, Recipe],
+    packs: dict[str, Manifest],
+    overrides: Sequence[str],
+    out: str,
+    seeds: Sequence[int],
+) -> dict[str, list[Outcome]]:
+    """Outcomes of the members that were not asked for, where they are there and of today's recipe and data."""
+    by_data = {_data_key(recipes[label]): manifest for label, manifest in packs.items()}
+    found: dict[str, list[Outcome]] = {}
+    for member in study.members:
+        if member in members:
+            continue
+        with suppress(UserError):  # what is set for some members need not fit the others
+            recipe = _recipe(member, overrides, out)
+            manifest = by_data.get(_data_key(recipe))
+            for seed in seeds if manifest else ():
+                recipe.training.seed, folder = seed, member_folder(out, member.label, seed)
+                if manifest and _is_done(folder, _identity(recipe, manifest)):
+                    found.setdefault(member.label, []).append(_outcome(folder, seed))
+    return found
+
+
+def _as_trained(model: Any, state: State) -> Any:
+    """A model of its own with the state's tensors, in evaluation mode, on the CPU."""
+    tensors = trained_tensors(state)
+    final: Any = type(model)(**model.config)
+    final.load_state_dict({key: tensors.get(key, value.cpu()) for key, value in model.state_dict().items()})
+    return final.eval()
 
 
 def _checkpoint(place: str, details: dict[str, Any]) -> Any:
@@ -295,10 +363,11 @@ def _checkpoint(place: str, details: dict[str, Any]) -> Any:
 
 
 def _outcome(folder: str, seed: int) -> Outcome:
-    result = json.loads(storage.read_bytes(storage.join(folder, "result.json")))
+    result = json.loads(storage.read_bytes(storage.join(folder, _RESULT)))
     with np.load(io.BytesIO(storage.read_bytes(storage.join(folder, "drawn.npz"))), allow_pickle=False) as arrays:
         drawn = {name: arrays[name] for name in arrays.files}
-    return Outcome(seed, result["metrics"], result["steps"], result["curve"], result["seconds"], drawn)
+    followed = {int(step): found for step, found in result.get("followed", {}).items()}  # earlier versions had none
+    return Outcome(seed, result["metrics"], result["steps"], result["curve"], result["seconds"], drawn, followed)
 
 
 def _write(study: Reproduction, members: Sequence[Member], outcomes: Outcomes, out: str, stages: Stages) -> ReportTable:
@@ -324,7 +393,7 @@ def _write(study: Reproduction, members: Sequence[Member], outcomes: Outcomes, o
 
 
 def study_table(study: Reproduction, members: Sequence[Member], outcomes: Outcomes) -> ReportTable:
-    """One row a member: mean ± standard deviation over the seeds, and the largest where the column is a gap."""
+    """One row a member: mean ± standard deviation over the seeds, and the largest where the column says so."""
     shown = [column for column in study.columns if any(column.key in o.metrics for f in outcomes.values() for o in f)]
     printed = any(member.printed for member in members)
     rows = []
@@ -339,15 +408,19 @@ def study_table(study: Reproduction, members: Sequence[Member], outcomes: Outcom
 
 
 def _cell(values: Sequence[float], column: Column) -> str:
-    if not values:
-        return "–"
-    mean = statistics.mean(values)
+    finite = [value for value in values if math.isfinite(value)]
+    lost = "" if len(finite) == len(values) else f" ({len(values) - len(finite)} of {len(values)} not finite)"
+    if not finite:
+        return f"–{lost}"
+    mean = statistics.mean(finite)
     if abs(mean) >= 1e5:
-        return f"{mean:.3g}"
+        return f"{mean:.3g}{lost}"
     text = f"{mean:.{column.decimals}f}"
-    if len(values) > 1 and min(values) != max(values):
-        text += f" ± {statistics.stdev(values):.{column.decimals}f}"
-    return text
+    if len(finite) > 1 and min(finite) != max(finite):
+        text += f" ± {statistics.stdev(finite):.{column.decimals}f}"
+        if column.largest:
+            text += f" (largest {max(finite):.{column.decimals}f})"
+    return text + lost
 
 
 def _markdown(table: ReportTable) -> str:

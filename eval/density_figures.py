@@ -94,9 +94,16 @@ def critic_surfaces(panels: Sequence[Panel]) -> bytes:
 
 
 def training_curves(
-    curves: Mapping[str, tuple[Sequence[int], np.ndarray]], *, label: str, truth: float | None = None
+    curves: Mapping[str, tuple[Sequence[int], np.ndarray]],
+    *,
+    label: str,
+    truth: float | None = None,
+    logarithmic: bool = False,
 ) -> bytes:
-    """Mean and one standard deviation over seeds: steps and values [seeds, entries] of each model; `truth` dashed."""
+    """Mean and one standard deviation over seeds: steps and values [seeds, entries] of each model; `truth` dashed.
+
+    `logarithmic` is for positive values that fall through magnitudes; all of them are shown.
+    """
     figure = canvas.new_figure(9, 4)
     axes = figure.add_subplot()
     canvas.style_axes(axes)
@@ -110,12 +117,15 @@ def training_curves(
         late.append(mean[len(mean) // 20 :])
     if truth is not None:
         axes.axhline(truth, color=canvas.INK, linestyle="--", linewidth=0.9)
-    settled = np.concatenate(late)
-    settled = settled[np.isfinite(settled)]
-    low = settled.min() if truth is None else min(settled.min(), truth)
-    # What has not settled yet would flatten everything else.
-    high = min(settled.max(), low + 6 * max(float(np.median(settled)) - low, 1e-3))
-    axes.set_ylim(low - 0.08 * (high - low), high + 0.05 * (high - low))
+    if logarithmic:
+        axes.set_yscale("log")
+    else:
+        settled = np.concatenate(late)
+        settled = settled[np.isfinite(settled)]
+        low = settled.min() if truth is None else min(settled.min(), truth)
+        # What has not settled yet would flatten everything else.
+        high = min(settled.max(), low + 6 * max(float(np.median(settled)) - low, 1e-3))
+        axes.set_ylim(low - 0.08 * (high - low), high + 0.05 * (high - low))
     axes.set_xlabel("step", fontsize=9, color=canvas.MUTED)
     axes.set_ylabel(label, fontsize=9, color=canvas.MUTED)
     axes.legend(fontsize=8, frameon=False, ncols=2)

@@ -5,6 +5,7 @@ A new one is a file here, and a line in `REPRODUCTIONS`. `cluster.reproduce` run
 
 from __future__ import annotations
 
+from cluster.reproductions.autoencoders import SWAEMNIST
 from cluster.reproductions.details import Details
 from cluster.reproductions.responsibility import (
     ResponsibilityCompression,
@@ -19,7 +20,7 @@ from cluster.reproductions.thesis_toys import Ring, SwissRoll
 REPRODUCTIONS: dict[str, Reproduction] = {
     each.name: each
     for each in (
-        *(Ring(), SwissRoll(), ThesisMNIST(), Critics()),
+        *(Ring(), SwissRoll(), ThesisMNIST(), Critics(), SWAEMNIST()),
         *(ResponsibilityMNIST(), ResponsibilityCompression(), ResponsibilityImbalance(), Details()),
     )
 }

@@ -55,8 +55,8 @@ class _NoisyData(nn.Module):
     def forward(self, x: Tensor | None, n: int) -> tuple[None, Tensor, Tensor, Tensor]:
         rng = np.random.default_rng(int(torch.randint(2**62, ())))
         data, component = self.toy.draw(n, rng)
-        noisy = torch.from_numpy(data) + _NOISE * torch.randn(n, data.shape[1])
-        return None, torch.zeros(()), noisy + 0 * self.none, torch.from_numpy(component)
+        noisy = (torch.from_numpy(data) + _NOISE * torch.randn(n, data.shape[1])).to(self.none)
+        return None, noisy.new_zeros(()), noisy + 0 * self.none, torch.from_numpy(component).to(noisy.device)
 
 
 class Critics(Reproduction):

@@ -1,42 +1,16 @@
 """Studies of responsibility learning, a few steps of each: what is measured and drawn, and what is missing."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from studied import ran
 
-from cluster import reproduce
 from cluster.reproductions import REPRODUCTIONS
 from cluster.reproductions.digits import missing_digits
 from cluster.reproductions.study import Member
-from data.shards import pack
-from data.sources import open_source
 
-SMALL = ("data.source=digits", "training.steps=3", "training.log_every=1")
 SMALL_MFA = ("hierarchy=null", "model.n_components=5", "training.em.iterations=3")
-BOARD = SimpleNamespace(count=SimpleNamespace(remote=lambda *arguments: None))
-
-
-def ran(study, labels, out):
-    """The study's outcomes and table, of its classifier and some members, trained in this process."""
-    members = [member for member in study.members if member.label in labels]
-    recipes = {each.label: reproduce._recipe(each, SMALL, str(out)) for each in (*study.prerequisites, *members)}
-    packs = {
-        label: pack(open_source("digits", recipe.data.options), f"{out}/shards-{number}", rows_per_block=500)
-        for number, (label, recipe) in enumerate(recipes.items())
-    }
-
-    def run(member):
-        document = recipes[member.label].model_dump(mode="json")
-        reproduce._run_one(study, member, document, packs[member.label].base, 0, str(out), BOARD, False)
-        return [reproduce._outcome(reproduce.member_folder(str(out), member.label, 0), 0)]
-
-    for member in study.prerequisites:
-        run(member)
-    study.prepare(str(out), {member.label: packs[member.label] for member in members}, lambda text: None)
-    outcomes = {member.label: run(member) for member in members}
-    return outcomes, reproduce.study_table(study, members, outcomes)
 
 
 def test_clusters_samples_and_ways_between_gaussians(tmp_path):

@@ -133,8 +133,8 @@ class AdversarialSettings(Settings):
 class TransportSettings(Settings):
     """Entropic optimal transport between mini-batches of samples and data, by Sinkhorn's iterations."""
 
-    epsilon: float = Field(0.05, gt=0, description="entropic regularisation, as a share of the mean cost")
-    iterations: int = Field(20, ge=1, description="Sinkhorn iterations, through all of which gradients flow")
+    epsilon: float = Field(0.1, gt=0, description="entropic regularisation, as a share of the mean cost")
+    iterations: int = Field(50, ge=1, description="Sinkhorn iterations, through all of which gradients flow")
     debiased: bool = Field(True, description="the Sinkhorn divergence; false: the plan's bare cost (Algorithm 4)")
     embedding: int | None = Field(
         None, ge=1, description="dimensions in which a critic learns the cost; null: squared distance of the samples"

@@ -215,7 +215,9 @@ class Flow(nn.Module):
 
     def responsibilities(self, x: Tensor) -> Tensor:
         """Posterior probabilities p(c | x), [batch, T]; π where x has no density."""
-        joint = self.component_log_prob(x)
+        return self._posterior(self.component_log_prob(x))
+
+    def _posterior(self, joint: Tensor) -> Tensor:
         nowhere = joint.amax(1, keepdim=True) == -math.inf
         return torch.where(nowhere, self.mixing.log().exp(), joint.masked_fill(nowhere, 0.0).softmax(1))
 
@@ -245,7 +247,7 @@ class Flow(nn.Module):
                 log_prob = joint.gather(1, component.unsqueeze(1)).squeeze(1)
             if self.mixing.by_em and self.training and torch.is_grad_enabled():
                 known = None if component is None else F.one_hot(component, self.n_components)
-                self.mixing.learn(joint.detach().softmax(1) if known is None else known)
+                self.mixing.learn(self._posterior(joint.detach()) if known is None else known)
         if n == 0:
             return log_prob, log_prior
         return log_prob, log_prior, *self._draw(n, None)
@@ -306,7 +308,9 @@ class Flow(nn.Module):
         if self.base == "gaussian":
             z = torch.randn(n, self.n_features, **options)
         else:
-            z = torch.rand(n, self.n_features, **options).clamp_min(torch.finfo(self.log_scale.dtype).tiny).logit()
+            # Uniform numbers lie on a grid: a zero stands for what is below half of its step.
+            half = torch.finfo(self.log_scale.dtype).eps / 4
+            z = torch.rand(n, self.n_features, **options).clamp_min(half).logit()
         return self.generate(z, component), component
 
 

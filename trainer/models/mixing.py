@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 # Share of the data below which a component has nothing, and what is left of a stick counts as nothing.
 _NOTHING = 1e-6
+# A component that stands for a share s > κ of the data keeps a weight of about s - κ; by gradients, that of one that
+# does not falls for ever. One below this part of κ is pruned.
+_PRUNED = 0.1
 
 
 class MixingWeights(nn.Module):
@@ -76,8 +79,8 @@ class MixingWeights(nn.Module):
 
     @property
     def live(self) -> Tensor:
-        """Numbers of the components that are not pruned, int64: π of at least κ, or of 1e-6 without that prior."""
-        return (self.coefficients >= max(self.stick_breaking or 0.0, _NOTHING)).nonzero().squeeze(1)
+        """Numbers of the components that are not pruned, int64: π of at least κ / 10, or of 1e-6 without that prior."""
+        return (self.coefficients >= max(_PRUNED * (self.stick_breaking or 0.0), _NOTHING)).nonzero().squeeze(1)
 
     @torch.no_grad()
     def set(self, mixing: Tensor) -> None:

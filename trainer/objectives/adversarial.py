@@ -140,20 +140,24 @@ class Adversarial:
         # What only the likelihood would train (a mixture's weights) gets a gradient of zero: DDP waits for each.
         return loss + 0 * sum(p.sum() for p in self.players["model"].module.parameters()), {}
 
-    @torch.no_grad()
     def _posterior(self, x: Tensor) -> Tensor | None:
-        """The critics' weights at x, [batch, T], by the generator's posterior; None where there is one critic."""
+        """The critics' weights at x, [batch, T]; None where there is one critic."""
         if self.assignment == "single":
             return None
-        density: Any = self.players["model"].module
-        joint = density.component_log_prob(x)
-        if self.assignment == "hard":
-            return F.one_hot(joint.argmax(1), joint.shape[1]).to(joint)
-        # Where x has no density at all, every component weighs the same.
-        return (joint / self.temperature).clamp_min(torch.finfo(joint.dtype).min).softmax(1)
+        return critic_weights(self.players["model"].module, x, self.assignment, self.temperature)
 
     def _interpolation(self, n: int) -> Tensor:
         return torch.rand(n, 1)
+
+
+@torch.no_grad()
+def critic_weights(density: Any, x: Tensor, assignment: Assignment, temperature: float = 1.0) -> Tensor:
+    """What each critic of a mixture counts at x [batch, d], [batch, T]: p(c | x), smoothed, or all of the likeliest."""
+    joint: Tensor = density.component_log_prob(x)
+    if assignment == "hard":
+        return F.one_hot(joint.argmax(1), joint.shape[1]).to(joint)
+    # Where x has no density at all, every component weighs the same.
+    return (joint / temperature).clamp_min(torch.finfo(joint.dtype).min).softmax(1)
 
 
 def gradient_penalty(critic: nn.Module, x: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -69,15 +69,18 @@ def sinkhorn_divergence(
     epsilon: float | Tensor,
     iterations: int,
     cost: Callable[[Tensor, Tensor], Tensor] | None = None,
+    found: EntropicTransport | None = None,
 ) -> Tensor:
     """OT_ε(x, y) - OT_ε(x, x)/2 - OT_ε(y, y)/2 between samples x [n, d] and y [m, d], uniform weights (Feydy et al.).
 
     OT_ε is the regularised minimum (`EntropicTransport.value`); the divergence of equal sets is zero and no other is
     below zero, once the iterations have converged. `cost` gives [n, m] and is symmetric; by default |x - y|².
+    `found` is the transport between x and y, where it is known already.
     """
     between = cost or squared_distances
     own = (_symmetric_value(between(z, z), epsilon, iterations) for z in (x, y))
-    return entropic_transport(between(x, y), epsilon, iterations).value - sum(own) / 2
+    found = found or entropic_transport(between(x, y), epsilon, iterations)
+    return found.value - sum(own) / 2
 
 
 def _symmetric_value(cost: Tensor, epsilon: float | Tensor, iterations: int) -> Tensor:
@@ -127,8 +130,8 @@ class Transport:
         generator: Player,
         critic: Player | None = None,
         *,
-        epsilon: float = 0.05,
-        iterations: int = 20,
+        epsilon: float = 0.1,
+        iterations: int = 50,
         debiased: bool = True,
         critic_steps: int = 1,
     ) -> None:
@@ -152,8 +155,9 @@ class Transport:
             samples, x = self.networks["critic"](torch.cat([samples, x])).split(len(x))
         between = squared_distances(samples, x)
         epsilon = self.epsilon * between.detach().mean().clamp_min(torch.finfo(between.dtype).tiny)
+        found = entropic_transport(between, epsilon, self.iterations)
+        cost = found.cost
         if self.debiased:
-            cost = sinkhorn_divergence(samples, x, epsilon, self.iterations)
-        else:
-            cost = entropic_transport(between, epsilon, self.iterations).cost
-        return -cost if moving else cost, {"transport": cost.detach()}
+            cost = sinkhorn_divergence(samples, x, epsilon, self.iterations, found=found)
+        # How far the iterations were from their end: nearer to zero by more of them, or by a larger ε.
+        return -cost if moving else cost, {"transport": cost.detach(), "violation": found.violation.detach()}
