@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from cluster.models import LocalAutoencoder
+from data.errors import UserError
 from data.manifest import Manifest
 from data.stream import read_blocks
 from eval import code_figures, codes, mixture_figures
@@ -59,6 +60,9 @@ def measure(model: LocalAutoencoder, samples: Iterable[dict[str, np.ndarray]], *
 
     The distance is that of `eval.codes.prior_distance`: 500 shared directions, 5 draws of the prior, a floor of 30
     pairs. The reconstruction is of the code without noise.
+
+    Raises:
+        UserError: fewer than two samples.
     """
     network: Any = model.model
     noisy: list[np.ndarray] = []
@@ -86,6 +90,8 @@ def measure(model: LocalAutoencoder, samples: Iterable[dict[str, np.ndarray]], *
             labels.append(block["label"][: len(x)])
         if done - len(x) < 2 * _SHOWN:
             shown.append(x[: 2 * _SHOWN])
+    if done < 2:
+        raise UserError(f"{done} samples have no distribution to compare with the prior: give two or more")
     distance = codes.prior_distance(np.concatenate(noisy), model.prior_sample, seed=seed)
     return CodeMeasures(
         distance,

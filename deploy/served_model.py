@@ -202,7 +202,8 @@ class ServedModel(mlflow.pyfunc.PythonModel):
             if not np.isin(codes[:, 0], np.arange(k)).all():
                 raise ValueError(f"the first column of codes is a component, 0 to {k - 1}")
             component, z = z[:, 0].long(), z[:, 1:]
-        found = self.net.decode(z) if component is None else self.net.decode(z, component)
+        parts = [z.split(BATCH)] if component is None else [z.split(BATCH), component.split(BATCH)]
+        found = torch.cat([self.net.decode(*part) for part in zip(*parts)])
         return found.reshape(len(codes), *self.shape).numpy()
 
 

@@ -13,6 +13,7 @@ import torch
 
 from data.errors import UserError
 from deploy.registry import register_model
+from deploy.served_model import ServedModel
 from deploy.sources import write_sources
 from trainer.checkpoint import save_model
 from trainer.models.autoencoder import Autoencoder
@@ -136,6 +137,20 @@ CONSUMER = """
     out["modules"] = sorted(Absent.names & set(sys.modules))
     print(json.dumps(out))
 """
+
+
+def test_many_codes_are_decoded_in_batches(monkeypatch):
+    torch.manual_seed(0)
+    coder = Autoencoder([8, 8, 1], 2, {"kind": "square"}, 8, width=4, bounded=True)
+    sizes, decode = [], coder.decode
+    monkeypatch.setattr(coder, "decode", lambda z: sizes.append(len(z)) or decode(z))
+    served = ServedModel()
+    served.net, served.shape = coder.eval(), (8, 8, 1)
+    codes = np.random.default_rng(0).random((2500, 2), np.float32)
+    with torch.inference_mode():
+        found, last = served._decode(codes), decode(torch.from_numpy(codes[-9:]))
+    assert sizes == [1024, 1024, 452]
+    np.testing.assert_allclose(found[-9:].reshape(9, 64), last.numpy(), atol=1e-6)
 
 
 def test_a_consumer_without_manymodes_asks_everything(shelf, digits_pack, tmp_path):

@@ -195,9 +195,22 @@ def test_files_that_are_no_prior(tmp_path):
     np.save(place, np.array([{}], object), allow_pickle=True)
     with pytest.raises(UserError, match="no .npy file"):
         PriorSettings(kind=str(place)).points(2)
-    np.save(place, np.zeros(5))
-    with pytest.raises(UserError, match=r"instead of \[n, K\]"):
-        PriorSettings(kind=str(place)).points(2)
+    for found, part in (
+        (np.zeros(5), r"instead of \[n, K\]"),
+        (np.array([[0, 1], [np.nan, 2]]), "1 of 2 samples hold NaN"),
+        (np.ones((9, 2)), "all 9 samples are one point"),
+        (np.zeros(((1 << 21) + 1, 2), np.float32), "give 2,097,152 at most"),
+    ):
+        np.save(place, found)
+        with pytest.raises(UserError, match=part):
+            PriorSettings(kind=str(place)).points(2)
+
+
+def test_images_of_another_size_than_the_recipe_s_are_refused(digits_pack):
+    with pytest.raises(UserError, match="the recipe is for images of 28 x 28: resize them") as caught:
+        AutoencoderSettings(image=[28, 28]).check(digits_pack, InitialisationSettings())
+    assert "\n" not in str(caught.value)
+    AutoencoderSettings(image=[8, 8]).check(digits_pack, InitialisationSettings())
 
 
 BASE = ["model={family: autoencoder}", "hierarchy=null", "initialisation={}", "training.dequantise=false"]
@@ -214,6 +227,8 @@ BASE = ["model={family: autoencoder}", "hierarchy=null", "initialisation={}", "t
         (["model.prior={kind: ring, means: [[0, 0]]}"], ["leave them out of ring"]),
         (["model.regulariser.kind=kl", "model.prior=ring"], ["closed form for prior=gaussian"]),
         (["model.regulariser.kind=mmd", "model.regulariser.power=1"], ["power is of kind=sliced-wasserstein"]),
+        (["model.regulariser.kind=kl", "model.regulariser.critic={}"], ["critic is of kind=gan"]),
+        (["model.regulariser={kind: gan, global_batch: false}"], ["global_batch is of kind=sliced-wasserstein or mmd"]),
         (["training.batch_size=1", "scaling.workers=1"], ["from 1 sample", "training.batch_size (1)"]),
         (["training.batch_size=2", "model.regulariser.global_batch=false"], ["from 1 sample"]),
         (["model.codes_per_image=3"], ["multiple of 2 lanes", "codes_per_image (3)"]),

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from trainer.models.classifier import Classifier
     from trainer.objectives import Objective
 
+_OF_KINDS = {"critic": ("gan",), "global_batch": ("sliced-wasserstein", "mmd")}
 _OF_SLICES = ("projections", "prior_samples", "power")
 _NAMES = {"none": "autoencoder", "sliced-wasserstein": "SWAE", "mmd": "WAE-MMD", "gan": "WAE-GAN", "kl": "VAE"}
 
@@ -97,6 +98,9 @@ class RegulariserSettings(Settings):
             for name in _OF_SLICES:
                 if getattr(self, name) != type(self).model_fields[name].default:
                     raise ValueError(f"{name} is of kind=sliced-wasserstein: leave it out")
+        for name, kinds in _OF_KINDS.items():
+            if name in self.model_fields_set and self.kind not in kinds:
+                raise ValueError(f"{name} is of kind={' or '.join(kinds)}: leave it out")
         return self
 
 
@@ -113,6 +117,9 @@ class AutoencoderSettings(FamilySettings):
     prior: PriorSettings = Field(default_factory=lambda: PriorSettings())
     n_hidden: int = Field(128, ge=1, description="units of a hidden layer")
     n_layers: int = Field(2, ge=0, description="hidden layers of each network; not of images")
+    image: list[int] | None = Field(
+        None, description="[height, width] of the images that the recipe is for; others are refused; null takes any"
+    )
     width: int = Field(16, ge=1, description="images: channels of the first stage, which each stage doubles")
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="of training's matrix products; bfloat16 is left where a machine only emulates it"
@@ -157,6 +164,11 @@ class AutoencoderSettings(FamilySettings):
             refuse_zero_3(training, "kind=gan, in which each network is asked in the other's turn")
 
     def check(self, manifest: Manifest, initialisation: InitialisationSettings) -> None:
+        if self.image is not None and (len(manifest.shape) < 2 or list(manifest.shape[:2]) != self.image):
+            raise UserError(
+                f"{manifest.base}: samples of shape {list(manifest.shape)}, the recipe is for images of "
+                f"{' x '.join(map(str, self.image))}: resize them (data.options.size), or set model.image=null"
+            )
         if manifest.levels is None and self.reconstruction.cross_entropy:
             raise UserError(
                 f"{manifest.base}: the cross-entropy is for pixels, these are real numbers: set "

@@ -96,10 +96,17 @@ class PriorSettings(Settings):
                 f"prior {self.kind}: has {found.shape[1]} dimensions, the code {n_latent}: set "
                 f"model.n_latent={found.shape[1]}, or give another prior"
             )
+        if found.size > _MOST_VALUES:
+            raise UserError(
+                f"prior {self.kind}: all of {len(found):,} samples of {n_latent} dimensions would become part of the "
+                f"model: give {_MOST_VALUES // n_latent:,} at most"
+            )
         found = found.astype(np.float32)
         if not np.isfinite(found).all():
             rows = int((~np.isfinite(found)).any(1).sum())
             raise UserError(f"prior {self.kind}: {rows} of {len(found)} samples hold NaN or infinite values: repair it")
+        if (found == found[0]).all():
+            raise UserError(f"prior {self.kind}: all {len(found)} samples are one point: give a distribution")
         return found
 
     def config(self, points: np.ndarray | None) -> dict[str, Any]:
