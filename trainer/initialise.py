@@ -39,13 +39,17 @@ def initial_rows(manifest: Manifest, training: TrainingSettings, settings: Initi
     return next(iter(stream.epoch(0)))["x"].flatten(1).numpy()
 
 
+def rows_for_scale(manifest: Manifest, training: TrainingSettings, settings: InitialisationSettings) -> Tensor:
+    """Some training samples [n, d], enough for the scale that a network sees them on."""
+    few = max(_FEWEST_SCALED, _SCALED_BYTES // (4 * math.prod(manifest.shape)))
+    return torch.from_numpy(initial_rows(manifest, training, settings.model_copy(update={"max_samples": few})))
+
+
 def initialise_scale(
     model: Any, manifest: Manifest, training: TrainingSettings, settings: InitialisationSettings
 ) -> None:
     """Gives a network (`set_scale`) mean and standard deviation of some training samples."""
-    few = max(_FEWEST_SCALED, _SCALED_BYTES // (4 * math.prod(manifest.shape)))
-    rows = initial_rows(manifest, training, settings.model_copy(update={"max_samples": few}))
-    model.set_scale(torch.from_numpy(rows))
+    model.set_scale(rows_for_scale(manifest, training, settings))
 
 
 def initialise_mfa(

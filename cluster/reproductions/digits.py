@@ -6,25 +6,28 @@ Fréchet distance of its features to the test images', and how many samples show
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from cluster.reproductions.study import Member, Trained
+from cluster.reproductions.study import Member, Outcomes, Trained, courses
 from data import storage
+from data.manifest import load_manifest
 from data.partitions import PackPartitions
 from data.stream import read_blocks, read_labels
 from eval.bins import BinSettings
 from eval.comparison import judge_set
+from eval.density_figures import training_curves
 from eval.drawn import DrawnPartitions
 from eval.evaluate import Rule
 from eval.measure import View, local_pass
 from eval.metrics.moments import Moments, frechet_distance
 from eval.metrics.predictions import Predictions
 from eval.reference import REFERENCE, Reference, fit_reference
+from eval.report import ReportFigure
 from eval.scores import ScoreSettings
 from trainer.settings import TEST_SPLIT, TRAIN_SPLIT
 
@@ -68,30 +71,41 @@ def prepare_bins(out: str, packs: Mapping[str, Manifest], n_bins: int) -> None:
 def judge_samples(trained: Trained, draws: int = DRAWS) -> dict[str, float]:
     """All scores of the model's samples (see above); `digit_0` to `digit_9` are shares of them."""
     shape = tuple(trained.manifest.shape)
-    opened = partial(Drawing, trained.model)
+    opened = functools.partial(Drawing, trained.model)
     levels = trained.manifest.levels if trained.recipe.training.dequantises(trained.manifest.levels) else None
     samples = DrawnPartitions(opened, draws, trained.seed, name="samples", identity="model", shape=shape, levels=levels)
     reference = Reference.load(storage.join(trained.out, "bins"))
     row = judge_set(samples, local_pass(samples), reference, name="samples", rule=Rule(), scores=ScoreSettings(()))
     result = row.evaluation.result
-    classifier = open_digit_classifier(trained.out)
-    x = opened().sample(draws, trained.seed).reshape(draws, *shape)
-    seen, features = _classified(classifier, x)
-    moments = Moments(features.shape[1])
-    moments.update(features)
-    truth = Moments(features.shape[1])
-    for images in images_of(trained.manifest, TEST_SPLIT):
-        truth.update(classifier.features(images))
+    seen, distance = _seen(trained, draws)
     due = np.bincount(read_labels(trained.manifest, TRAIN_SPLIT), minlength=N_CLASSES)
     return {
         "ndb": float(result.ndb),
         "js": float(result.js),
         "inception_score": seen.inception_score().mean,
         "mode_score": seen.mode_score(due),
-        "frechet": frechet_distance(moments, truth),
+        "frechet": distance,
         "missing_digits": float(missing_digits(seen.predicted, due)),
         **{f"digit_{digit}": count / draws for digit, count in enumerate(seen.predicted.tolist())},
     }
+
+
+def follow_samples(trained: Trained, draws: int = 2000) -> dict[str, float]:
+    """What of `judge_samples` is followed over a training, of fewer samples: with these the distance is larger."""
+    seen, distance = _seen(trained, draws)
+    return {"inception_score": seen.inception_score().mean, "frechet": distance}
+
+
+def quality_figures(outcomes: Outcomes) -> list[ReportFigure]:
+    """The courses of what `follow_samples` gave."""
+    shown = []
+    for key, what in (("frechet", "Fréchet distance"), ("inception_score", "Inception score")):
+        curves = courses(outcomes, key)
+        if curves:
+            picture = training_curves(curves, label=what, logarithmic=key == "frechet")
+            caption = "Of 2,000 samples at each checkpoint; mean over the seeds, ± one standard deviation."
+            shown.append(ReportFigure(f"{what} over training", picture, caption, f"{what} over steps"))
+    return shown
 
 
 def missing_digits(counts: np.ndarray, due: np.ndarray, share: float = 0.2) -> int:
@@ -121,7 +135,20 @@ def responsible(model: Any, manifest: Manifest, split: str = TEST_SPLIT) -> tupl
     return torch.cat(found).numpy(), np.asarray(read_labels(manifest, split))
 
 
-def _classified(classifier: Any, x: np.ndarray) -> tuple[Predictions, np.ndarray]:
-    predictions = Predictions(N_CLASSES)
+def _seen(trained: Trained, draws: int) -> tuple[Predictions, float]:
+    """What the classifier sees in samples, and the Fréchet distance of its features to the test images'."""
+    classifier = open_digit_classifier(trained.out)
+    x = Drawing(trained.model).sample(draws, trained.seed).reshape(draws, *trained.manifest.shape)
+    predictions, moments = Predictions(N_CLASSES), Moments(classifier.model.n_hidden)
     predictions.update(classifier.probabilities(x), np.arange(len(x)))
-    return predictions, classifier.features(x)
+    moments.update(classifier.features(x))
+    return predictions, frechet_distance(moments, _test_moments(trained.out, trained.manifest.base))
+
+
+@functools.lru_cache(maxsize=2)
+def _test_moments(out: str, shards: str) -> Moments:
+    classifier = open_digit_classifier(out)
+    moments = Moments(classifier.model.n_hidden)
+    for images in images_of(load_manifest(shards), TEST_SPLIT):
+        moments.update(classifier.features(images))
+    return moments

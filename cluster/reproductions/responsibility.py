@@ -45,12 +45,15 @@ class _OfDigits(Reproduction):
     def measure(self, trained: Trained) -> dict[str, float]:
         return digits.judge_samples(trained)
 
+    def follow(self, trained: Trained) -> dict[str, float]:
+        return digits.follow_samples(trained)
+
     def draw(self, trained: Trained) -> dict[str, np.ndarray]:
         x = trained.model.sample(100, torch.Generator().manual_seed(trained.seed)).numpy()
         return {"x": x.reshape(-1, *trained.manifest.shape)}
 
     def figures(self, outcomes: Outcomes) -> list[ReportFigure]:
-        shown = []
+        shown = digits.quality_figures(outcomes)
         for label, found in outcomes.items():
             for key, (what, caption) in _PICTURES.items():
                 if found and key in found[0].drawn:

@@ -104,7 +104,7 @@ def critic_values(trained: Trained, extent: np.ndarray, side: int = 120) -> np.n
     if values.shape[1] > 1:
         settings: Any = trained.recipe.model
         how = settings.adversarial
-        values = values * critic_weights(trained.model, grid, how.assignment, how.temperature)
+        values = values * critic_weights(trained.model, grid, how.assignment, how.temperature).values
     return values.sum(1).numpy().reshape(side, side)
 
 

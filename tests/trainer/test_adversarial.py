@@ -12,7 +12,7 @@ from trainer.families.flow import FlowSettings
 from trainer.fit import Fit, trained_tensors
 from trainer.loop import Callbacks
 from trainer.models.gan import Critic, Generator
-from trainer.objectives.adversarial import Adversarial, gradient_penalty, mini_batch
+from trainer.objectives.adversarial import Adversarial, CriticWeights, critic_weights, gradient_penalty, mini_batch
 from trainer.objectives.likelihood import MaximumLikelihood
 from trainer.players import make_player
 from trainer.settings import InitialisationSettings, OptimiserSettings, TrainingSettings
@@ -87,11 +87,11 @@ def test_gradient_penalty_equals_finite_differences():
     """Its value, from the critic's values alone, and its gradient in the critic's parameters, from its values."""
     torch.manual_seed(0)
     critic, x = Critic((3,), n_critics=2, n_hidden=8, n_layers=2).double(), torch.randn(6, 3, dtype=torch.float64)
-    weights = torch.rand(6, 2, dtype=torch.float64)
+    weights = CriticWeights(torch.rand(6, 2, dtype=torch.float64))
     h = 1e-6
 
     def value(points):
-        return (critic(points) * weights).sum(1)
+        return (critic(points) * weights.values).sum(1)
 
     with torch.no_grad():
         slopes = [(value(x + h * e) - value(x - h * e)) / (2 * h) for e in torch.eye(3, dtype=torch.float64)]
@@ -139,6 +139,32 @@ def test_pgan_mixes_critics_by_the_posterior_which_gets_no_gradient():
     model.zero_grad()
     objective.loss("critic", {"x": REAL})[0].backward()
     assert all(p.grad is None or p.grad.abs().max() == 0 for p in model.parameters())
+
+
+def test_the_slope_of_a_mixture_of_critics_is_that_of_its_value():
+    """With `posterior_slope` ∇f is the whole gradient of f(x) = Σ_c p(c | x) f_c(x): against autograd through all."""
+    torch.manual_seed(0)
+    model, critic = GaussianMixture(3, 2), Critic((2,), n_critics=3, n_hidden=8)
+    x = torch.randn(5, 2)
+    weights = critic_weights(model, x, "posterior", 2.0, sloped=True)
+    whole = x.clone().requires_grad_()
+    value = (critic(whole) * (model.component_log_prob(whole) / 2).softmax(1)).sum(1)
+    (expected,) = torch.autograd.grad(value.sum(), whole)
+    at = x.clone().requires_grad_()
+    found = (critic(at) * weights.at(at)).sum(1)
+    assert torch.allclose(found, value, atol=1e-6)
+    (slope,) = torch.autograd.grad(found.sum(), at)
+    assert torch.allclose(slope, expected, atol=1e-6)
+    penalty = gradient_penalty(critic, x, weights)
+    assert penalty.item() == pytest.approx(((expected.norm(dim=1) - 1) ** 2).mean().item(), rel=1e-5)
+    # The penalty reaches the critics, and neither it nor a generator's step reaches the mixture through the weights.
+    model.zero_grad()
+    penalty.backward()
+    assert all(parameter.grad is None or not parameter.grad.any() for parameter in model.parameters())
+    assert any(parameter.grad is not None and parameter.grad.any() for parameter in critic.parameters())
+    part = weights.share(1, 2)
+    assert (part.values.shape, part.slopes.shape) == ((2, 3), (2, 3, 2))
+    assert torch.equal(part.slopes, weights.slopes[1::2])
 
 
 def test_hard_assignment_takes_one_critic_each():
@@ -276,7 +302,7 @@ def test_where_a_density_has_no_support_all_critics_count_the_same():
     model = GaussianMixture(2, 2)
     objective = objective_for(Linear([[1.0, 2.0], [-3.0, 0.5]]), model, assignment="posterior", critic_steps=1)
     model.component_log_prob = lambda x: torch.full((len(x), 2), -torch.inf)
-    assert torch.equal(objective._posterior(REAL), torch.full((3, 2), 0.5))
+    assert torch.equal(objective._weights_at(REAL, sloped=False).values, torch.full((3, 2), 0.5))
 
 
 def test_a_mixture_of_flows_trains_against_its_critics(tmp_path):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from trainer.settings import OptimiserSettings, Settings, TrainingSettings
+from trainer.settings import InitialisationSettings, OptimiserSettings, Settings, TrainingSettings
 
 if TYPE_CHECKING:
     from data.manifest import Manifest
@@ -69,6 +69,13 @@ class AdversarialSettings(Settings):
         "single", description="one critic; or one per component, mixed by the posterior, or that of the likeliest one"
     )
     temperature: float = Field(1.0, gt=0, description="divides the posterior's logits: above 1 smooths assignments")
+    posterior_slope: bool = Field(
+        False,
+        description="assignment=posterior: samples follow the posterior's own slope too, and the penalty bounds it",
+    )
+    standardise: bool = Field(
+        False, description="densities of real numbers: the critic sees them with mean 0 and deviation 1, as pixels are"
+    )
     critic: CriticSettings = Field(default_factory=lambda: CriticSettings())
 
     @model_validator(mode="after")
@@ -83,6 +90,8 @@ class AdversarialSettings(Settings):
             )
         if self.temperature != 1 and self.assignment != "posterior":
             raise ValueError("temperature is of assignment=posterior: leave it out")
+        if self.posterior_slope and self.assignment != "posterior":
+            raise ValueError("posterior_slope is of assignment=posterior: leave it out")
         return self
 
     @property
@@ -112,13 +121,20 @@ class AdversarialSettings(Settings):
 
         A density comes with its `likelihood`, whose player it is, and may first train by that alone.
         """
+        from trainer.initialise import rows_for_scale
+        from trainer.models.scaling import mean_and_deviation
         from trainer.objectives.adversarial import Adversarial
         from trainer.players import make_player
 
         generator = likelihood.players["model"] if likelihood else None
+        critic = self.critic.player(model, manifest, training, 1 if self.assignment == "single" else model.n_components)
+        if self.standardise and likelihood and manifest.levels is None:
+            network: Any = critic.module
+            rows = rows_for_scale(manifest, training, InitialisationSettings())
+            network.set_scale(*mean_and_deviation(rows, len(network.offset)))
         return Adversarial(
             generator or make_player(model, training.optimiser, training.steps),
-            self.critic.player(model, manifest, training, 1 if self.assignment == "single" else model.n_components),
+            critic,
             loss=self.loss,
             critic_steps=self.critic_steps,
             gradient_penalty=self.gradient_penalty,
@@ -127,6 +143,7 @@ class AdversarialSettings(Settings):
             pretrain_steps=pretrain_steps,
             assignment=self.assignment,
             temperature=self.temperature,
+            posterior_slope=self.posterior_slope,
         )
 
 

@@ -8,7 +8,7 @@ W. Gong, Wasserstein Generative Adversarial Network, MPhil thesis, Cambridge, 20
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +38,10 @@ class Adversarial:
 
     With one critic per component, f(x) = Σ_c p(c | x) f_c(x), where the posterior is the generator's own and constant
     in every gradient (4.13); its logits may be divided by a `temperature`. "hard" puts it on the likeliest component,
-    and a generated sample on the component that it comes from (4.12, with the prior in the posterior).
+    and a generated sample on the component that it comes from (4.12, with the prior in the posterior). A constant
+    posterior leaves nothing that moves samples from one component's place to another's, and no bound on how critics
+    differ there: with `posterior_slope` ∇f(x) also has the posterior's own slope, Σ_c f_c(x) ∇p(c | x), in the penalty
+    and where samples move, while no parameter learns through it.
 
     The generator is called as `generator(x or None, n)` and gives (log p(x) [batch] or None, log p(θ) [], samples
     [n, d], components [n]); assignment asks it for `component_log_prob`.
@@ -47,7 +50,7 @@ class Adversarial:
         generator, critic: the players; the critic's network gives [batch, 1], or [batch, T] with assignment.
         likelihood: the generator's, with the same player; None for one that has no density.
         pretrain_steps: first so many steps of `likelihood` alone, of the whole batch.
-        loss, critic_steps, gradient_penalty, likelihood_weight, assignment, temperature: see above.
+        loss, critic_steps, gradient_penalty, likelihood_weight, assignment, temperature, posterior_slope: see above.
     """
 
     def __init__(
@@ -63,17 +66,18 @@ class Adversarial:
         pretrain_steps: int = 0,
         assignment: Assignment = "single",
         temperature: float = 1.0,
+        posterior_slope: bool = False,
     ) -> None:
         self.players: dict[str, Player] = {"model": generator, "critic": critic}
         self.networks: dict[str, Callable[..., Any]] = {"model": generator.module, "critic": critic.module}
         self.kind, self.critic_steps, self.gradient_penalty = loss, critic_steps, gradient_penalty
         self.likelihood, self.likelihood_weight, self.pretrain_steps = likelihood, likelihood_weight, pretrain_steps
-        self.assignment, self.temperature = assignment, temperature
+        self.assignment, self.temperature, self.posterior_slope = assignment, temperature, posterior_slope
         if likelihood is not None:
             likelihood.networks = self.networks
         self._pretrains, self._moves = False, 0
         self._points: Sequence[Tensor] = ()
-        self._posteriors: Sequence[Tensor | None] = ()
+        self._weights: Sequence[CriticWeights | None] = ()
 
     def turns(self, step: int) -> Sequence[str]:
         self._pretrains, self._moves = step < self.pretrain_steps, 0
@@ -91,12 +95,12 @@ class Adversarial:
     def _critic_loss(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         turn = self._moves % self.critic_steps
         if turn == 0:  # the generator stands still until the critic has moved for the last time
-            self._points, self._posteriors = self._prepared(x)
+            self._points, self._weights = self._prepared(x)
         self._moves += 1
         points = [mini_batch(part, turn, self.critic_steps) for part in self._points]
-        weights = [None if w is None else mini_batch(w, turn, self.critic_steps) for w in self._posteriors]
+        weights = [w and w.share(turn, self.critic_steps) for w in self._weights]
         values = self.networks["critic"](torch.cat(points[:2])).split(len(points[0]))
-        of_real, of_fake = (_mixed(value, weight) for value, weight in zip(values, weights))
+        of_real, of_fake = (_mixed(*each) for each in zip(values, weights, points))
         gap = of_real.mean() - of_fake.mean()
         loss = -gap if self.kind == "wasserstein" else F.softplus(-of_real).mean() + F.softplus(of_fake).mean()
         scalars = {"gap": gap.detach()}
@@ -108,19 +112,16 @@ class Adversarial:
         return loss, scalars
 
     @torch.no_grad()
-    def _prepared(self, x: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
+    def _prepared(self, x: Tensor) -> tuple[Sequence[Tensor], Sequence[CriticWeights | None]]:
         """Data, samples and (for the penalty) points between, each [batch, d]; and the critics' weights at them."""
         real = x.flatten(1)
         _, _, fake, components = self.networks["model"](None, len(real))
         points = [real, fake]
         if self.gradient_penalty is not None:
             points.append(torch.lerp(fake, real, self._interpolation(len(real)).to(real)))
-        posterior = self._posterior(torch.cat(points))
-        if posterior is None:
-            return points, [None] * len(points)
-        weights = list(posterior.split(len(real)))
+        weights = [self._weights_at(part, sloped=number == 2) for number, part in enumerate(points)]
         if self.assignment == "hard":
-            weights[1] = F.one_hot(components, posterior.shape[1]).to(posterior)
+            weights[1] = self._own(components)
         return points, weights
 
     def _generator_loss(self, real: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -128,8 +129,8 @@ class Adversarial:
         likelihood = self.likelihood if self.likelihood_weight else None
         log_prob, log_prior, fake, components = self.networks["model"](None if likelihood is None else real, n)
         values = self.networks["critic"](fake)
-        own = F.one_hot(components, values.shape[1]) if self.assignment == "hard" else self._posterior(fake)
-        value = _mixed(values, own)
+        own = self._own(components) if self.assignment == "hard" else self._weights_at(fake, sloped=True)
+        value = _mixed(values, own, fake)
         if self.kind == "wasserstein":
             loss = -value.mean()
         else:
@@ -140,33 +141,63 @@ class Adversarial:
         # What only the likelihood would train (a mixture's weights) gets a gradient of zero: DDP waits for each.
         return loss + 0 * sum(p.sum() for p in self.players["model"].module.parameters()), {}
 
-    def _posterior(self, x: Tensor) -> Tensor | None:
-        """The critics' weights at x, [batch, T]; None where there is one critic."""
+    def _weights_at(self, x: Tensor, sloped: bool) -> CriticWeights | None:
+        """The critics' weights at x, with their slopes where these count; None where there is one critic."""
         if self.assignment == "single":
             return None
-        return critic_weights(self.players["model"].module, x, self.assignment, self.temperature)
+        sloped = sloped and self.posterior_slope
+        return critic_weights(self.players["model"].module, x, self.assignment, self.temperature, sloped)
+
+    def _own(self, components: Tensor) -> CriticWeights:
+        model: Any = self.players["model"].module
+        return CriticWeights(F.one_hot(components, model.n_components).float())
 
     def _interpolation(self, n: int) -> Tensor:
         return torch.rand(n, 1)
 
 
-@torch.no_grad()
-def critic_weights(density: Any, x: Tensor, assignment: Assignment, temperature: float = 1.0) -> Tensor:
-    """What each critic of a mixture counts at x [batch, d], [batch, T]: p(c | x), smoothed, or all of the likeliest."""
-    joint: Tensor = density.component_log_prob(x)
-    if assignment == "hard":
-        return F.one_hot(joint.argmax(1), joint.shape[1]).to(joint)
-    # Where x has no density at all, every component weighs the same.
-    return (joint / temperature).clamp_min(torch.finfo(joint.dtype).min).softmax(1)
+class CriticWeights(NamedTuple):
+    """What each critic of a mixture counts at points x: `values` [n, T], and perhaps `slopes` in x, [n, T, d]."""
+
+    values: Tensor
+    slopes: Tensor | None = None
+
+    def share(self, number: int, count: int) -> CriticWeights:
+        """Those of the points that `mini_batch` takes."""
+        chosen = slice(number % count, None, count)
+        return CriticWeights(self.values[chosen], None if self.slopes is None else self.slopes[chosen])
+
+    def at(self, x: Tensor) -> Tensor:
+        """The values [n, T], whose gradient in x [n, d] are the slopes."""
+        if self.slopes is None:
+            return self.values
+        return self.values + torch.einsum("ntd,nd->nt", self.slopes, x - x.detach())
 
 
-def gradient_penalty(critic: nn.Module, x: Tensor, weights: Tensor | None = None) -> Tensor:
+def critic_weights(
+    density: Any, x: Tensor, assignment: Assignment, temperature: float = 1.0, sloped: bool = False
+) -> CriticWeights:
+    """The weights of critics at x [batch, d]: p(c | x), smoothed, or all of the likeliest; constants but for x."""
+    with torch.set_grad_enabled(sloped):
+        x = x.detach().requires_grad_(sloped)
+        joint: Tensor = density.component_log_prob(x)
+        if assignment == "hard":
+            return CriticWeights(F.one_hot(joint.argmax(1), joint.shape[1]).to(joint))
+        # Where x has no density at all, every component weighs the same.
+        values = (joint / temperature).clamp_min(torch.finfo(joint.dtype).min).softmax(1)
+        if not sloped:
+            return CriticWeights(values)
+        each = [torch.autograd.grad(part, x, retain_graph=True)[0] for part in values.sum(0)]
+    return CriticWeights(values.detach(), torch.stack(each, 1))
+
+
+def gradient_penalty(critic: nn.Module, x: Tensor, weights: CriticWeights | None = None) -> Tensor:
     """Mean over the samples x [batch, d] of (|∇f(x)|₂ - 1)², differentiable in the critic's parameters (2.23).
 
-    f(x) is the critic's value [batch, 1], or Σ_c w_c f_c(x) with `weights` [batch, T], which are constant.
+    f(x) is the critic's value [batch, 1], or Σ_c w_c f_c(x) with the weights of a mixture at x.
     """
     x = x.detach().requires_grad_()
-    (gradient,) = torch.autograd.grad(_mixed(critic(x), weights).sum(), x, create_graph=True)
+    (gradient,) = torch.autograd.grad(_mixed(critic(x), weights, x).sum(), x, create_graph=True)
     return (torch.linalg.vector_norm(gradient, dim=1) - 1).square().mean()
 
 
@@ -183,6 +214,6 @@ def mini_batch(x: Tensor, number: int, count: int) -> Tensor:
     return x[number % count :: count].flatten(1)
 
 
-def _mixed(values: Tensor, weights: Tensor | None) -> Tensor:
-    """Σ_c w_c f_c, [batch], for values [batch, T]; of one critic its value."""
-    return values.squeeze(1) if weights is None else (values * weights).sum(1)
+def _mixed(values: Tensor, weights: CriticWeights | None, x: Tensor) -> Tensor:
+    """Σ_c w_c f_c, [batch], for values [batch, T] at x; of one critic its value."""
+    return values.squeeze(1) if weights is None else (values * weights.at(x)).sum(1)
