@@ -27,7 +27,7 @@ def initialise_flow(model: Flow, x: np.ndarray, settings: InitialisationSettings
     An empty cluster becomes a copy of all data with the weight of one sample.
 
     Raises:
-        UserError: fewer samples than components, or NaN in the data.
+        UserError: by K-means, fewer samples than components; NaN in the data.
     """
     flat = np.ascontiguousarray(x.reshape(len(x), -1), dtype=np.float32)
     t, d = model.n_components, model.n_features

@@ -13,7 +13,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import sys
 import tempfile
@@ -132,10 +131,13 @@ def libraries(d: int, width: int, n_layers: int, batch: int, n_couplings: int = 
     model = Flow([d], n_couplings=n_couplings, width=width, n_layers=n_layers, affine="none")
     steps = {"ours": step_of(lambda: -model(x)[0].mean(), list(model.parameters()))}
     for name, make in (("zuko", _zuko), ("nflows", _nflows), ("normflows", _normflows)):
-        with contextlib.suppress(ImportError):
+        try:
             flow, log_prob = make(d, width, n_layers, n_couplings)
-            # The default keeps this round's function; mypy cannot infer its type.
-            steps[name] = step_of(lambda log_prob=log_prob: -log_prob(x).mean(), list(flow.parameters()))  # type: ignore[misc]
+        except ImportError:
+            print(f"{name} is not installed: pip install {name}")
+            continue
+        # The default keeps this round's function; mypy cannot infer its type.
+        steps[name] = step_of(lambda log_prob=log_prob: -log_prob(x).mean(), list(flow.parameters()))  # type: ignore[misc]
     times = fastest(steps)
     ours = times.pop("ours")
     others = ", ".join(f"{name} {seconds * 1e3:.1f}" for name, seconds in times.items()) or "no library installed"

@@ -284,6 +284,23 @@ def test_em_s_weights_maximise_the_posterior_that_gradients_climb(prior):
     assert torch.allclose(model.mixing_coefficients, best, atol=1e-4)
 
 
+def test_what_stands_for_little_more_than_its_share_is_not_pruned():
+    model = Flow([2], 3, weights="em", weight_rate=1.0, stick_breaking=0.02)
+    model.mixing.learn(torch.tensor([[0.5, 0.47, 0.03]]))
+    assert model.mixing_coefficients[2].item() == pytest.approx(0.01, abs=1e-3)  # less than κ
+    assert model.live_components.tolist() == [0, 1, 2]
+    model.mixing.learn(torch.tensor([[0.5, 0.485, 0.015]]))
+    assert model.live_components.tolist() == [0, 1]
+
+
+def test_weights_by_em_bear_samples_without_density():
+    model = Flow([2], 2, weights="em", weight_rate=1.0, logit=0.01)
+    x = torch.tensor([[0.5, 0.5], [2.0, 0.5]])  # the second lies outside of the logit's support
+    log_prob, _ = model.train()(x)
+    assert log_prob[1] == -math.inf
+    assert torch.isfinite(model.mixing_coefficients).all()
+
+
 def test_stick_breaking_takes_the_weight_of_what_is_too_small():
     model = Flow([2], 6, weights="em", stick_breaking=0.02)
     shares = torch.tensor([0.01, 0.5, 0.0, 0.3, 0.015, 0.175], dtype=torch.float64)
@@ -364,6 +381,32 @@ def test_pre_training_gives_each_component_its_label(ring_pack):
 
 
 ENGINES = {"ddp": {}, "zero-0": {"engine": "deepspeed"}, "zero-2": {"engine": "deepspeed", "zero_stage": 2}}
+
+
+@pytest.mark.parametrize(
+    ("family", "source"),
+    [
+        ({"n_components": 6, "n_couplings": 2, "width": 30}, "ring:6,samples=20000"),
+        ({"n_couplings": 2, "coupling": "affine", "network": "conv", "width": 8, "logit": 1e-3}, "digits"),
+    ],
+)
+def test_trained_flows_are_inverted(family, source, tmp_path):
+    """Relative to the spread of what a flow sees, 1e-5 in float32: the ring's mixture, and a Real NVP of digits."""
+    manifest, family = pack(open_source(source), str(tmp_path / "pack")), FlowSettings(**family)
+    settings = ring_settings(150)
+    model = family.build(manifest)
+    tensors = trained(manifest.base, family, settings)
+    model.load_state_dict({name: tensors[name] for name in model.state_dict()})
+    noise = None if manifest.levels is None else 0
+    x = torch.from_numpy(next(read_blocks(manifest, "test", dequantise_seed=noise))["x"][:200]).flatten(1)
+    with torch.no_grad():
+        z, _ = model.eval().latents(x)
+        y = model.preprocess(x)[0]
+        for c in range(model.n_components):
+            back = model.preprocess(model.generate(z[c], torch.full((len(x),), c)))[0]
+            assert (back - y).abs().max() < 1e-5 * max(1.0, float(y.abs().max()))
+
+
 SMALL = FlowSettings(n_components=3, n_couplings=2, width=8, weights="em", weight_start=5, pretrain_steps=3)
 
 

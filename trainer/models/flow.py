@@ -53,7 +53,7 @@ class Flow(nn.Module):
         weights, weight_rate, weight_start, entropic_weight, stick_breaking, n_train: of the mixing coefficients; see
             `MixingWeights`.
         precision: of the networks' matrix products in training mode, "float32" or "bfloat16" (float32 where the machine
-            has no instructions for it); densities and scores are never computed in less than float32.
+            has no instructions for it); in evaluation mode all is float32.
 
     Raises:
         ValueError: sizes or options that make no flow.
