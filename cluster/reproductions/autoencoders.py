@@ -25,10 +25,9 @@ if TYPE_CHECKING:
     from data.manifest import Manifest
 
 _SHOWN, _SIDE, _COURSE_PAIRS = 64, 25, 2
-# All decode as many images in a step; SWAE's batch holds more for its distance of codes alone.
-_STEPS = ("training.steps=300", "training.checkpoint_every=50")
-_SWAE = (*_STEPS, "training.batch_size=1000", "model.codes_per_image=5")
-_OTHERS = (*_STEPS, "training.batch_size=200")
+# All decode 200 images in a step; SWAE's batch holds more for its distance of codes alone.
+_SWAE = ("training.steps=300", "training.checkpoint_every=50")
+_OTHERS = (*_SWAE, "training.batch_size=200")
 _FEATURES = "model.reconstruction.features"
 
 
