@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from cluster.models import LocalAutoencoder
     from data.manifest import Manifest
 
-_SHOWN, _SIDE, _COURSE_PAIRS = 64, 25, 2
+_SHOWN, _SIDE, _COURSE_PAIRS = 64, 25, 1  # the floor is measured once, at the end
 # All decode 200 images in a step; SWAE's batch holds more for its distance of codes alone.
-_SWAE = ("training.steps=300", "training.checkpoint_every=50")
+_SWAE = ("training.steps=240", "training.checkpoint_every=60")
 _OTHERS = (*_SWAE, "training.batch_size=200")
 _FEATURES = "model.reconstruction.features"
 
@@ -78,8 +78,7 @@ class SWAEMNIST(Reproduction):
 
     def follow(self, trained: Trained) -> dict[str, float]:
         with _opened(trained) as model:
-            x = np.concatenate([block["x"] for block in codes.held_out(trained.manifest)])[: codes.MOST]
-            distance = prior_distance(model.encode(x.astype(np.float32)), model.prior_sample, pairs=_COURSE_PAIRS)
+            distance = prior_distance(_encoded(trained, model)[0], model.prior_sample, pairs=_COURSE_PAIRS)
         return {"prior_distance": distance.squared}
 
     def measure(self, trained: Trained) -> dict[str, float]:
@@ -91,11 +90,9 @@ class SWAEMNIST(Reproduction):
 
     def draw(self, trained: Trained) -> dict[str, np.ndarray]:
         with _opened(trained) as model:
-            measures = codes.measure(model, codes.held_out(trained.manifest))
-            prior = model.prior_sample(len(measures.codes), 0)
-            found = {"x": model.sample(_SHOWN, trained.seed), "codes": measures.codes, "prior": prior}
-            if measures.labels is not None:
-                found["labels"] = measures.labels
+            encoded, labels = _encoded(trained, model)
+            prior = model.prior_sample(len(encoded), 0)
+            found = {"x": model.sample(_SHOWN, trained.seed), "codes": encoded, "labels": labels, "prior": prior}
             if prior.shape[1] == 2:
                 grid = model.decode(plane_grid(prior, _SIDE))
                 found["grid"] = grid.reshape(_SIDE, _SIDE, *grid.shape[1:])
@@ -116,7 +113,7 @@ class SWAEMNIST(Reproduction):
             if not each:
                 continue
             drawn = each[0].drawn
-            scatter = code_figures.code_scatter(drawn["codes"], drawn.get("labels"), drawn["prior"])
+            scatter = code_figures.code_scatter(drawn["codes"], drawn["labels"], drawn["prior"])
             caption = "Draws of the prior (left and grey), and codes of test images, coloured by their labels."
             shown.append(ReportFigure(f"{label}: codes", scatter, caption, f"Codes of {label}"))
             if "grid" in drawn:
@@ -127,6 +124,15 @@ class SWAEMNIST(Reproduction):
             caption = f"The first {_SHOWN} decoded draws of the prior."
             shown.append(ReportFigure(f"{label}: samples", samples, caption, f"Samples of {label}"))
         return shown
+
+
+def _encoded(trained: Trained, model: LocalAutoencoder) -> tuple[np.ndarray, np.ndarray]:
+    """Codes of the test images, without noise, and their labels."""
+    blocks = [
+        (model.encode(block["x"].astype(np.float32)), block["label"]) for block in codes.held_out(trained.manifest)
+    ]
+    encoded, labels = (np.concatenate(part)[: codes.MOST] for part in zip(*blocks))
+    return encoded, labels
 
 
 @contextmanager

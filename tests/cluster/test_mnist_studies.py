@@ -21,7 +21,7 @@ def test_autoencoders_of_every_kind_in_one_table(tmp_path):
     assert not any(key.startswith("start/") for key in found.metrics)
     # Followed at each checkpoint, and at the end, where it is what was measured.
     assert list(found.followed) == [2, 3]
-    assert found.followed[3]["prior_distance"] == pytest.approx(found.metrics["prior_distance"])
+    assert found.followed[3]["prior_distance"] == pytest.approx(found.metrics["prior_distance"], rel=1e-6)
     assert found.drawn["grid"].shape == (25, 25, 8, 8, 1)
     assert found.drawn["codes"].shape == found.drawn["prior"].shape == (359, 2)
     titles = [figure.title for figure in study.figures(outcomes)]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cluster.recipe import load_recipe, shipped_recipes
+from cluster.recipe import Recipe, load_recipe, shipped_recipes
 from data.errors import UserError
 
 
@@ -11,6 +11,7 @@ def test_shipped_recipes_are_valid_and_described(name):
     recipe = load_recipe(name)
     assert recipe.summary
     assert load_recipe(name).fingerprint() == recipe.fingerprint()
+    assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe  # as it reaches workers
 
 
 def test_overrides_change_nested_fields():

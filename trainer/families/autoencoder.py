@@ -99,7 +99,8 @@ class RegulariserSettings(Settings):
                 if getattr(self, name) != type(self).model_fields[name].default:
                     raise ValueError(f"{name} is of kind=sliced-wasserstein: leave it out")
         for name, kinds in _OF_KINDS.items():
-            if name in self.model_fields_set and self.kind not in kinds:
+            default = type(self).model_fields[name].get_default(call_default_factory=True)
+            if self.kind not in kinds and getattr(self, name) != default:
                 raise ValueError(f"{name} is of kind={' or '.join(kinds)}: leave it out")
         return self
 
