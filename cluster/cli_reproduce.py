@@ -25,7 +25,8 @@ def reproduce(
 
     if name is None:
         for each in REPRODUCTIONS.values():
-            out_console.print(f"{each.name:<18}  {each.summary}; {len(each.members)} members, {each.seeds} seeds")
+            size = f"members: {len(each.members)}, seeds: {each.seeds}"
+            out_console.print(f"{each.name:<26}  {each.summary} ({size})")
         return
     study = REPRODUCTIONS.get(name)
     if study is None:

@@ -68,12 +68,19 @@ def _opened(place: str, tracking_uri: str | None) -> LocalModel:
 def in_space(model: LocalModel, partitions: Partitions, piece: Piece, seed: int) -> np.ndarray:
     """Samples [n, *shape] float32 on the scale that the model is a density of: dequantised, where it is one of pixels.
 
+    A channel axis of one is added, or left out.
+
     Raises:
         UserError: samples of another shape, or with another number of levels.
     """
     name, shape, levels = partitions.name, tuple(model.data["shape"]), model.data["levels"]
-    if piece.x.shape[1:] != shape:
-        raise UserError(f"{name}: samples of shape {list(piece.x.shape[1:])}, the model was trained on {list(shape)}")
+    found_shape = tuple(piece.x.shape[1:])
+    if found_shape != shape and shape in ((*found_shape, 1), found_shape[:-1] * (found_shape[-1:] == (1,))):
+        piece = replace(piece, x=piece.x.reshape(-1, *shape))  # a channel axis of one, more or less
+    elif found_shape != shape:
+        raise UserError(
+            f"{name}: samples of shape {list(found_shape)}, the model was trained on {list(shape)}: give such samples"
+        )
     if levels is None:
         return scale(piece.x, partitions.levels)
     found = partitions.levels

@@ -9,6 +9,7 @@ import math
 import re
 import statistics
 import time
+import zipfile
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -38,7 +39,7 @@ from trainer.fit import Fit, trained_tensors
 from trainer.loop import Callbacks, LogEntry
 
 MAX_RETRIES = 3
-_BEFORE, _RESULT = "start/", "result.json"
+_BEFORE, _RESULT, _DRAWN = "start/", "result.json", "drawn.npz"
 
 
 def reproduce(
@@ -66,7 +67,7 @@ def reproduce(
             finished, also by earlier calls with the same overrides.
         seeds: 0 to seeds - 1 are trained; the study's own number if None.
         only: labels of members; all if empty.
-        overrides: of all recipes.
+        overrides: of all recipes; those of `model` of the members' alone.
         ray_address, workers, cpus_per_task, gpus_per_task: where the tasks run, and what each reserves.
         tracking_uri: MLflow's; a run of the study, with a child for every training.
         quiet: no progress bars.
@@ -76,7 +77,10 @@ def reproduce(
     """
     out, uri, stages = storage.check_url(out), tracking.resolve_uri(tracking_uri), Stages(quiet)
     members = _chosen(study, only)
-    recipes = {each.label: _recipe(each, overrides, out) for each in (*study.prerequisites, *members)}
+    # What is set of the members' models is not for what judges them.
+    of_all = [text for text in overrides if not text.startswith("model.")]
+    recipes = {each.label: _recipe(each, of_all, out) for each in study.prerequisites}
+    recipes |= {each.label: _recipe(each, overrides, out) for each in members}
     numbers = range(study.seeds if seeds is None else seeds)
     with ExitStack() as stack:
         stack.enter_context(exclusive(out))
@@ -126,14 +130,25 @@ def _chosen(study: Reproduction, only: Sequence[str]) -> list[Member]:
     known = {member.label: member for member in study.members}
     for label in only:
         if label not in known:
-            raise UserError(f"{study.name} has no member {label!r}: choose of {'; '.join(known)}")
-    return [known[label] for label in only] or list(study.members)
+            raise UserError(f"{study.name} has no member {label!r}: choose among {'; '.join(known)}")
+    return [known[label] for label in dict.fromkeys(only)] or list(study.members)
 
 
 def _recipe(member: Member, overrides: Sequence[str], out: str = ".") -> Recipe:
-    own = ["scaling.workers=1", *(_filled(text, out) for text in member.overrides)]
-    # What is for all members need not fit what only judges them, such as fields of a model.
-    return load_recipe(member.recipe, [*own, *overrides])
+    own = load_recipe(member.recipe, ["scaling.workers=1", *(_filled(text, out) for text in member.overrides)])
+    try:
+        for text in overrides:
+            node: Any = own.model_dump(mode="json")
+            *sections, _ = text.partition("=")[0].split(".")
+            for number, name in enumerate(sections, 1):
+                node = node.get(name, {}) if isinstance(node, dict) else {}
+                if node is None:  # what it lacks would make another model of it
+                    raise UserError(f"--set {text}: its recipe has no {'.'.join(sections[:number])}")
+        return load_recipe(
+            member.recipe, ["scaling.workers=1", *(_filled(text, out) for text in member.overrides), *overrides]
+        )
+    except UserError as error:
+        raise UserError(f"member {member.label!r}: {error}; --only MEMBER chooses others") from error
 
 
 def _filled(override: str, out: str) -> str:
@@ -235,9 +250,10 @@ def _run_one(
     recipe.training.seed = seed
     manifest, folder = load_manifest(shards), member_folder(out, member.label, seed)
     name, identity = f"{member.label}, seed {seed}", _identity(recipe, manifest)
-    if _is_done(folder, identity):
+    if _done(folder, seed, identity):
         board.count.remote(name, recipe.training.length, name)
         return
+    storage.remove(storage.join(folder, _RESULT))  # of another recipe, or damaged: not beside drawings of this one
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: Any = recipe.model.build(manifest)
@@ -293,7 +309,7 @@ def _run_one(
     dequantised = recipe.training.dequantises(manifest.levels)
     save_model(storage.join(folder, "model"), final, recipe.model.family, manifest, dequantised=dequantised)
     metrics = {**{_BEFORE + key: value for key, value in before.items()}, **(study.measure(trained) if judged else {})}
-    with storage.publish(storage.join(folder, "drawn.npz")) as handle:
+    with storage.publish(storage.join(folder, _DRAWN)) as handle:
         np.savez(handle, allow_pickle=False, **(study.draw(trained) if judged else {}))
     logged = [entry for entry in history if study.curve in entry.metrics]
     result = {
@@ -314,9 +330,15 @@ def _identity(recipe: Recipe, manifest: Manifest) -> str:
     return f"{recipe.fingerprint()} {manifest.fingerprint}"
 
 
-def _is_done(folder: str, identity: str) -> bool:
-    done = storage.join(folder, _RESULT)
-    return storage.exists(done) and json.loads(storage.read_bytes(done)).get("identity") == identity
+def _done(folder: str, seed: int, identity: str) -> Outcome | None:
+    """What a training left, where it is finished, of that identity and undamaged: else it is to be done again."""
+    if not all(storage.exists(storage.join(folder, name)) for name in (_RESULT, _DRAWN)):
+        return None
+    try:
+        result = json.loads(storage.read_bytes(storage.join(folder, _RESULT)))
+        return _outcome(folder, seed) if result["identity"] == identity else None
+    except (ValueError, LookupError, TypeError, AttributeError, zipfile.BadZipFile):  # damaged
+        return None
 
 
 def _finished_before(
@@ -339,8 +361,9 @@ def _finished_before(
             manifest = by_data.get(_data_key(recipe))
             for seed in seeds if manifest else ():
                 recipe.training.seed, folder = seed, member_folder(out, member.label, seed)
-                if manifest and _is_done(folder, _identity(recipe, manifest)):
-                    found.setdefault(member.label, []).append(_outcome(folder, seed))
+                outcome = _done(folder, seed, _identity(recipe, manifest)) if manifest else None
+                if outcome:
+                    found.setdefault(member.label, []).append(outcome)
     return found
 
 
@@ -364,7 +387,7 @@ def _checkpoint(place: str, details: dict[str, Any]) -> Any:
 
 def _outcome(folder: str, seed: int) -> Outcome:
     result = json.loads(storage.read_bytes(storage.join(folder, _RESULT)))
-    with np.load(io.BytesIO(storage.read_bytes(storage.join(folder, "drawn.npz"))), allow_pickle=False) as arrays:
+    with np.load(io.BytesIO(storage.read_bytes(storage.join(folder, _DRAWN))), allow_pickle=False) as arrays:
         drawn = {name: arrays[name] for name in arrays.files}
     followed = {int(step): found for step, found in result.get("followed", {}).items()}  # earlier versions had none
     return Outcome(seed, result["metrics"], result["steps"], result["curve"], result["seconds"], drawn, followed)

@@ -97,7 +97,13 @@ def wasserstein_against_js() -> bytes:
     above.set_yticks([])
     canvas.style_axes(below)
     below.plot(shifts, distance, color=canvas.BLUE, linewidth=2, label="W₁(p, q), in units of τ")
-    below.plot(shifts, divergence, color=canvas.VERMILLION, linewidth=2, label="JS(p, q), in nats")
+    below.plot(
+        shifts,
+        divergence,
+        color=canvas.VERMILLION,
+        linewidth=2,
+        label="JS(p, q) without the ½, in nats",
+    )
     below.axvspan(-1, 1, color=canvas.FAINT, alpha=0.5, linewidth=0, label="p and q overlap")
     below.set_xlabel("shift τ", fontsize=9, color=canvas.MUTED)
     for axes, place in ((above, "upper left"), (below, "upper center")):

@@ -51,7 +51,7 @@ class ThesisMNIST(Reproduction):
         Member("single flow, GAN+ML", "mnist-flowgan", _SHORT, printed={"log_likelihood": "1650.53"}),
         Member("MixFlow, ML", "mnist-mixflow", ("training.steps=8000",), printed={"log_likelihood": "2984.03"}),
         Member("MixFlow, GAN+ML", "mnist-mixflow-gan", printed={"log_likelihood": "2728.74"}),
-        Member("Real NVP, convolutions, ML", "mnist-realnvp", ("training.steps=2000",)),
+        Member("Real NVP, convolutions, ML", "mnist-realnvp", ("training.steps=800",)),
         Member("MFA, diagonal noise", "mnist", ("hierarchy=null", "model.n_components=100")),
         Member("single flow, GAN", "mnist-flowgan", (*_SHORT, "model.adversarial.likelihood_weight=0")),
         Member("DCGAN", "mnist-gan"),

@@ -67,6 +67,16 @@ def test_registered_model_encodes_and_decodes(job):
     assert served.predict(x, params={"task": "sample", "n": 3}).shape == (3, 8, 8, 1)
 
 
+def test_images_without_a_channel_axis_and_single_ones(job, call, tmp_path):
+    x, _ = held_out(job.data)
+    np.save(tmp_path / "flat.npy", x[:40, :, :, 0].astype(np.float32))
+    np.save(tmp_path / "one.npy", x[:1].astype(np.float32))
+    assert call("codes", job.folder, "--data", "flat.npy", "--out", "pictures").code == 0
+    code, _, err = call("codes", job.folder, "--data", "one.npy", "--out", "none")
+    assert code == 2
+    assert "give two or more" in err
+
+
 def test_codes_of_a_set_keep_their_order_and_labels(job, call, tmp_path):
     x, labels = held_out(job.data)
     expected = open_autoencoder(str(job.folder)).encode(x)

@@ -11,6 +11,7 @@ import torch
 from cluster import reproduce
 from cluster.recipe import load_recipe
 from cluster.reproductions import REPRODUCTIONS
+from data.errors import UserError
 from data.manifest import load_manifest
 from data.shards import pack
 from data.sources import open_source
@@ -59,6 +60,39 @@ def test_a_training_that_was_stopped_ends_as_one_that_was_not(tmp_path, label):
     assert board.seen == [recipe.training.length]  # nothing was trained again
 
 
+@pytest.mark.parametrize("harm", ["[]", "{", '{"identity": 1}', None])
+def test_a_damaged_result_is_made_again(tmp_path, harm):
+    folder = tmp_path / "member"
+    folder.mkdir()
+    result = {"identity": "i", "metrics": {}, "steps": [], "curve": [], "seconds": 1.0}
+    (folder / "result.json").write_text(json.dumps(result))
+    np.savez(folder / "drawn.npz", x=np.zeros(2))
+    found = reproduce._done(str(folder), 3, "i")
+    assert (found.seed, found.followed) == (3, {})
+    assert reproduce._done(str(folder), 3, "another") is None
+    if harm is None:
+        (folder / "drawn.npz").write_bytes((folder / "drawn.npz").read_bytes()[:40])
+    else:
+        (folder / "result.json").write_text(harm)
+    assert reproduce._done(str(folder), 3, "i") is None
+    (folder / "drawn.npz").unlink()
+    assert reproduce._done(str(folder), 3, "i") is None
+
+
+def test_what_a_member_lacks_is_not_given_to_it():
+    study = REPRODUCTIONS["thesis-ring"]
+    for label, override, parts in (
+        ("MixFlow, ML", "model.adversarial.gradient_penalty=1", ["has no model.adversarial", "--only"]),
+        ("GAN", "model.couplings=1", ["member 'GAN'", "unknown field", "--only"]),
+    ):
+        member = next(each for each in study.members if each.label == label)
+        with pytest.raises(UserError) as caught:
+            reproduce._recipe(member, [override])
+        assert all(part in str(caught.value) for part in parts), caught.value
+        assert "\n" not in str(caught.value)
+    assert len(reproduce._chosen(study, ["GAN", "PGAN", "GAN"])) == 2
+
+
 def test_a_study_ends_in_its_table_and_is_done_once(call, tmp_path):
     arguments = ["reproduce", "thesis-ring", "--seeds", 2, "--workers", 2, "--out", "r", "--only", "single flow, ML"]
     arguments += ["--only", "WGAN-GP", *(part for key in SMALL for part in ("--set", key))]
@@ -83,7 +117,7 @@ def test_a_study_ends_in_its_table_and_is_done_once(call, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in results} == results
     code, _, err = call("reproduce", "thesis-ring", "--only", "nobody")
     assert code == 2
-    assert "choose of single flow, ML" in err
+    assert "choose among single flow, ML" in err
     assert call("reproduce", "nothing")[0] == 2
 
 

@@ -118,7 +118,7 @@ class AutoencoderSettings(FamilySettings):
     prior: PriorSettings = Field(default_factory=lambda: PriorSettings())
     n_hidden: int = Field(128, ge=1, description="units of a hidden layer")
     n_layers: int = Field(2, ge=0, description="hidden layers of each network; not of images")
-    image: list[int] | None = Field(
+    image: tuple[int, int] | None = Field(
         None, description="[height, width] of the images that the recipe is for; others are refused; null takes any"
     )
     width: int = Field(16, ge=1, description="images: channels of the first stage, which each stage doubles")
@@ -165,7 +165,7 @@ class AutoencoderSettings(FamilySettings):
             refuse_zero_3(training, "kind=gan, in which each network is asked in the other's turn")
 
     def check(self, manifest: Manifest, initialisation: InitialisationSettings) -> None:
-        if self.image is not None and (len(manifest.shape) < 2 or list(manifest.shape[:2]) != self.image):
+        if self.image is not None and (len(manifest.shape) < 2 or tuple(manifest.shape[:2]) != self.image):
             raise UserError(
                 f"{manifest.base}: samples of shape {list(manifest.shape)}, the recipe is for images of "
                 f"{' x '.join(map(str, self.image))}: resize them (data.options.size), or set model.image=null"

@@ -90,7 +90,9 @@ class PriorSettings(Settings):
             return None
         found = _read(self.kind) if self.is_file else _drawn(self.kind, n_latent)
         if found.ndim != 2 or found.dtype.kind not in "fiu" or len(found) < 2:
-            raise UserError(f"prior {self.kind}: gives {found.dtype} of shape {list(found.shape)} instead of [n, K]")
+            raise UserError(
+                f"prior {self.kind}: gives {found.dtype} of shape {list(found.shape)} instead of numbers [n, K], n >= 2"
+            )
         if found.shape[1] != n_latent:
             raise UserError(
                 f"prior {self.kind}: has {found.shape[1]} dimensions, the code {n_latent}: set "
@@ -143,7 +145,9 @@ def _drawn(name: str, n_latent: int) -> np.ndarray:
     try:
         function = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise UserError(f"prior {name}: cannot be imported ({one_line(error)}): put it on PYTHONPATH") from error
+        raise UserError(
+            f"prior {name}: cannot be imported ({one_line(error)}): put its module on PYTHONPATH and name its function"
+        ) from error
     n = max(_FEWEST_POINTS, min(_MOST_POINTS, _MOST_VALUES // n_latent))
     try:
         found = np.asarray(function(n, np.random.default_rng(0)))
