@@ -196,7 +196,7 @@ def test_files_that_are_no_prior(tmp_path):
     with pytest.raises(UserError, match="no .npy file"):
         PriorSettings(kind=str(place)).points(2)
     for found, part in (
-        (np.zeros(5), r"instead of \[n, K\]"),
+        (np.zeros(5), r"instead of numbers \[n, K\]"),
         (np.array([[0, 1], [np.nan, 2]]), "1 of 2 samples hold NaN"),
         (np.ones((9, 2)), "all 9 samples are one point"),
         (np.zeros(((1 << 21) + 1, 2), np.float32), "give 2,097,152 at most"),
