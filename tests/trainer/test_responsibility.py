@@ -26,6 +26,7 @@ from trainer.objectives.responsibility import (
     ResponsibilityLearning,
     adversarial_loss,
     affine_images,
+    invariance_loss,
     mutual_information,
 )
 from trainer.players import make_player
@@ -180,6 +181,29 @@ def test_mutual_information_by_hand():
     empty = torch.zeros(2, 2).requires_grad_()
     mutual_information(empty + torch.tensor([[1.0, 0], [0, 0]])).backward()
     assert torch.isfinite(empty.grad).all()
+
+
+def test_invariance_by_hand():
+    """Assignments (0.9, 0.1) and (0.4, 0.6), of the other view (0.8, 0.2) and (0.5, 0.5)."""
+    p, other = torch.tensor([[0.9, 0.1], [0.4, 0.6]]).double(), torch.tensor([[0.8, 0.2], [0.5, 0.5]]).double()
+    divergence = sum(a * math.log(a / b) for a, b in zip(p.flatten().tolist(), other.flatten().tolist())) / 2
+    uncertainty = -sum(a * math.log(a) for a in p.flatten().tolist()) / 2
+    spread = -(0.65 * math.log(0.65) + 0.35 * math.log(0.35))
+    expected = divergence + 0.1 * (uncertainty - 4 * spread)
+    logits = (p.log() + 3).requires_grad_()
+    others = (other.log() - 1).requires_grad_()
+    found = invariance_loss(logits, others)
+    assert found.item() == pytest.approx(expected, rel=1e-6)
+    found.backward()
+    # p is constant in the divergence: of its logits only certainty and balance move.
+    twin = logits.detach().clone().requires_grad_()
+    q = twin.softmax(1)
+    (0.1 * (torch.special.entr(q).sum(1).mean() - 4 * torch.special.entr(q.mean(0)).sum())).backward()
+    assert torch.allclose(logits.grad, twin.grad)
+    assert torch.allclose(others.grad, (other - p) / 2)
+    certain = torch.tensor([[400.0, 0.0], [400.0, 0.0]], requires_grad=True)
+    invariance_loss(certain, certain).backward()
+    assert torch.isfinite(certain.grad).all()
 
 
 class Fixed(ResponsibilityLearning):
@@ -357,6 +381,7 @@ RUNS = {
     "letter, shared": ({}, True),
     "working": (WORKING, False),
     "working, shared": (WORKING, True),
+    "invariance": ({**WORKING, "agreement": "invariance"}, False),
 }
 
 
@@ -447,6 +472,11 @@ def test_a_trained_model_is_whole():
         engine = make_engine(TrainingSettings(batch_size=8))
         engine.attach(objective_for(model))
         assert model.state_dict().keys() <= trained_tensors(engine.state()).keys()
+
+
+def test_invariance_needs_pairs_that_belong_together():
+    with pytest.raises(UserError, match="set model.pairs=augmented"):
+        load_recipe("mnist-responsibility", ["model.agreement=invariance", "model.pairs=nearest"])
 
 
 @pytest.mark.parametrize("name", ["responsibility", "responsibility-letter", "deligan", "latent-mixture"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from trainer.families.adversarial import refuse_zero_3
 from trainer.settings import FamilySettings, InitialisationSettings, OptimiserSettings, Settings, TrainingSettings
@@ -55,12 +55,21 @@ class ResponsibilitySettings(FamilySettings):
     pairs: Literal["independent", "augmented", "nearest"] | None = Field(
         "independent", description="what eq. 5 compares real images with; null leaves eq. 5 out"
     )
+    agreement: Literal["information", "invariance"] = Field(
+        "information", description="eq. 5, or assignments that a change of the image leaves, certain and equally many"
+    )
     uniform_share: float = Field(0.0, ge=0, le=1, description="share of equal weights in the responsibilities of eq. 6")
     classifier_adversarial: bool = Field(True, description="whether the classifier moves by eq. 6, too")
     label_steps: int = Field(0, ge=0, description="first steps, with the cross-entropy to the Gaussians' numbers")
     generator_consistency: float = Field(0.0, ge=0, description="weight of eq. 4 in the generator's loss")
     encoder: EncoderSettings = Field(default_factory=lambda: EncoderSettings())
     prior_optimiser: OptimiserSettings = Field(default_factory=_adam)
+
+    @model_validator(mode="after")
+    def _pairs_belong_together(self) -> ResponsibilitySettings:
+        if self.agreement == "invariance" and self.pairs != "augmented":
+            raise ValueError("model.agreement=invariance compares an image with its own: set model.pairs=augmented")
+        return self
 
     @property
     def label(self) -> str:
@@ -127,6 +136,7 @@ class ResponsibilitySettings(FamilySettings):
             {name: make_player(module, settings, training.steps) for name, (module, settings) in chosen.items()},
             loss=self.adversarial_loss,
             pairs=self.pairs,
+            agreement=self.agreement,
             uniform_share=self.uniform_share,
             classifier_adversarial=self.classifier_adversarial,
             label_steps=self.label_steps,

@@ -20,10 +20,13 @@ from trainer.objectives.transport import squared_distances
 
 Loss = Literal["minimax", "non-saturating"]
 Pairs = Literal["independent", "augmented", "nearest"]
+Agreement = Literal["information", "invariance"]
 
 # Of the random affine maps that augment images: radians, shear, log of the size, and share of half a side.
 _TURN, _SHEAR, _GROWTH, _SHIFT = 0.25, 0.15, 0.15, 0.15
 _JITTER = 0.1  # of other samples, in standard deviations
+# Hu et al. 2017: how much assignments that are certain and equally many count beside those that stay, and the latter's.
+_CERTAINTY, _BALANCE = 0.1, 4.0
 
 
 class Decoder(nn.Module):
@@ -65,6 +68,9 @@ class ResponsibilityLearning:
     To the letter, a Gaussian that lost its weight gets no gradient from eq. 6, and information does not say which
     number C gives to which Gaussian. What helps:
 
+    - `agreement` "invariance", in place of eq. 5: E KL(C(x) || C(x')) + 0.1 (E H(C(x)) - 4 H(E C(x))) of augmented
+      pairs, where C(x) of the first term is held constant (W. Hu et al., Learning Discrete Representations via
+      Information Maximizing Self-Augmented Training, ICML 2017). Clusters of eq. 5 depend on where C starts.
     - `uniform_share` u: (1 - u) w_i + u / K in place of w_i in eq. 6. With u = 1 weights are those of DeLiGAN.
     - `label_steps`: in so many first steps -log C(x̂_i^k)_k is added to eq. 4.
     - `generator_consistency` λ: G also pays λ times that loss of eq. 4 (as in InfoGAN; Chen et al. 2016).
@@ -78,8 +84,8 @@ class ResponsibilityLearning:
     Args:
         players: `model` (a `Decoder`), `prior`, `classifier`, `discriminator` and, where the two share one, `encoder`,
             which moves with either.
-        loss, pairs, uniform_share, classifier_adversarial, label_steps, generator_consistency: see above; without
-            `pairs` eq. 5 is left out.
+        loss, pairs, agreement, uniform_share, classifier_adversarial, label_steps, generator_consistency: see above;
+            without `pairs` eq. 5 is left out.
     """
 
     def __init__(
@@ -88,6 +94,7 @@ class ResponsibilityLearning:
         *,
         loss: Loss = "minimax",
         pairs: Pairs | None = "independent",
+        agreement: Agreement = "information",
         uniform_share: float = 0.0,
         classifier_adversarial: bool = True,
         label_steps: int = 0,
@@ -95,7 +102,7 @@ class ResponsibilityLearning:
     ) -> None:
         self.players = players
         self.networks: dict[str, Callable[..., Any]] = {name: player.module for name, player in players.items()}
-        self.kind, self.pairs, self.uniform_share = loss, pairs, uniform_share
+        self.kind, self.pairs, self.agreement, self.uniform_share = loss, pairs, agreement, uniform_share
         self.classifier_adversarial, self.label_steps = classifier_adversarial, label_steps
         self.generator_consistency = generator_consistency
         self.shares_encoder = "encoder" in players
@@ -164,6 +171,9 @@ class ResponsibilityLearning:
             self._kept["others"] = self._others(x)
         others = self._kept["others"]
         logits = self._ask("classifier", player, torch.cat([x, others]), "agreement")
+        if self.agreement == "invariance":
+            loss = invariance_loss(logits[: len(x)], logits[len(x) :])
+            return loss, {"agreement": loss.detach()}
         of_x, of_others = logits[: len(x)].softmax(1), logits[len(x) :].softmax(1)
         if len(others) != len(x):
             of_others = of_others.view(len(x), -1, of_others.shape[1]).mean(1)  # the mean of outer products with of_x
@@ -252,6 +262,18 @@ def mutual_information(joint: Tensor) -> Tensor:
     tiny = torch.finfo(joint.dtype).tiny
     logs = [part.clamp_min(tiny).log() for part in (joint, joint.sum(1, keepdim=True), joint.sum(0, keepdim=True))]
     return (joint * (logs[0] - logs[1] - logs[2])).sum()
+
+
+def invariance_loss(logits: Tensor, of_others: Tensor) -> Tensor:
+    """E KL(p || p') + 0.1 (E H(p) - 4 H(E p)), in nats, of assignments p, p' by their logits [M, K] each.
+
+    p is constant in the gradient of the first term; E p is of all workers (W. Hu et al. 2017, eqs. 5, 7, 13).
+    """
+    logs, probabilities = logits.log_softmax(1), logits.softmax(1)
+    divergence = F.kl_div(of_others.log_softmax(1), logs.detach(), reduction="batchmean", log_target=True)
+    uncertainty = -(probabilities * logs).sum(1).mean()
+    spread = torch.special.entr(mean_over_ranks(probabilities.mean(0)).clamp_min(torch.finfo(logs.dtype).tiny)).sum()
+    return divergence + _CERTAINTY * (uncertainty - _BALANCE * spread)
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:
