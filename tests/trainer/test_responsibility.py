@@ -382,6 +382,7 @@ RUNS = {
     "working": (WORKING, False),
     "working, shared": (WORKING, True),
     "invariance": ({**WORKING, "agreement": "invariance"}, False),
+    "invariance, shared": ({**WORKING, "agreement": "invariance"}, True),
 }
 
 

@@ -68,7 +68,10 @@ class ResponsibilitySettings(FamilySettings):
     @model_validator(mode="after")
     def _pairs_belong_together(self) -> ResponsibilitySettings:
         if self.agreement == "invariance" and self.pairs != "augmented":
-            raise ValueError("model.agreement=invariance compares an image with its own: set model.pairs=augmented")
+            raise ValueError(
+                "model.agreement=invariance compares an image with a changed one of it: set model.pairs=augmented, or "
+                "model.agreement=information"
+            )
         return self
 
     @property

@@ -25,7 +25,7 @@ Agreement = Literal["information", "invariance"]
 # Of the random affine maps that augment images: radians, shear, log of the size, and share of half a side.
 _TURN, _SHEAR, _GROWTH, _SHIFT = 0.25, 0.15, 0.15, 0.15
 _JITTER = 0.1  # of other samples, in standard deviations
-# Hu et al. 2017: how much assignments that are certain and equally many count beside those that stay, and the latter's.
+# Weights in `invariance_loss`: of certainty and balance beside invariance, and of balance beside certainty.
 _CERTAINTY, _BALANCE = 0.1, 4.0
 
 
@@ -70,7 +70,8 @@ class ResponsibilityLearning:
 
     - `agreement` "invariance", in place of eq. 5: E KL(C(x) || C(x')) + 0.1 (E H(C(x)) - 4 H(E C(x))) of augmented
       pairs, where C(x) of the first term is held constant (W. Hu et al., Learning Discrete Representations via
-      Information Maximizing Self-Augmented Training, ICML 2017). Clusters of eq. 5 depend on where C starts.
+      Information Maximizing Self-Augmented Training, ICML 2017). Clusters of eq. 5 depend on where C starts. The last
+      term asks for equally many images of each Gaussian.
     - `uniform_share` u: (1 - u) w_i + u / K in place of w_i in eq. 6. With u = 1 weights are those of DeLiGAN.
     - `label_steps`: in so many first steps -log C(x̂_i^k)_k is added to eq. 4.
     - `generator_consistency` λ: G also pays λ times that loss of eq. 4 (as in InfoGAN; Chen et al. 2016).
@@ -173,7 +174,7 @@ class ResponsibilityLearning:
         logits = self._ask("classifier", player, torch.cat([x, others]), "agreement")
         if self.agreement == "invariance":
             loss = invariance_loss(logits[: len(x)], logits[len(x) :])
-            return loss, {"agreement": loss.detach()}
+            return loss, {"invariance": loss.detach()}
         of_x, of_others = logits[: len(x)].softmax(1), logits[len(x) :].softmax(1)
         if len(others) != len(x):
             of_others = of_others.view(len(x), -1, of_others.shape[1]).mean(1)  # the mean of outer products with of_x
@@ -267,7 +268,7 @@ def mutual_information(joint: Tensor) -> Tensor:
 def invariance_loss(logits: Tensor, of_others: Tensor) -> Tensor:
     """E KL(p || p') + 0.1 (E H(p) - 4 H(E p)), in nats, of assignments p, p' by their logits [M, K] each.
 
-    p is constant in the gradient of the first term; E p is of all workers (W. Hu et al. 2017, eqs. 5, 7, 13).
+    p is constant in the gradient of the first term; E p is of all workers (W. Hu et al. 2017).
     """
     logs, probabilities = logits.log_softmax(1), logits.softmax(1)
     divergence = F.kl_div(of_others.log_softmax(1), logs.detach(), reduction="batchmean", log_target=True)
