@@ -1,5 +1,6 @@
 """Responsibility learning: the models' contract, losses by hand, who moves in which turn, and workers that agree."""
 
+import itertools
 import math
 
 import numpy as np
@@ -40,6 +41,7 @@ WORKING = {
     "uniform_share": 0.1,
     "classifier_adversarial": False,
     "label_steps": 3,
+    "classifier_consistency": 0.3,
     "generator_consistency": 0.5,
 }
 
@@ -122,7 +124,7 @@ def test_the_posterior_of_the_latent_mixture(learns, count):
     with torch.no_grad():
         prior.log_deviations.copy_(torch.randn(3, 2) * 0.3)
     noise = torch.randn(5, 3, 2, dtype=torch.float64)
-    z, log_posterior = prior(noise)
+    z, log_posterior = prior(noise, torch.arange(3).expand(5, 3))
     means, deviations = prior.means.detach().numpy(), prior.log_deviations.detach().exp().numpy()
     points = z.detach().numpy()
     np.testing.assert_allclose(points, means + deviations * noise.numpy())
@@ -163,7 +165,7 @@ def test_equation_6_by_hand():
         + 0.25 * (math.log(0.5) + math.log(1 - 0.2))
         + 0.75 * (math.log(0.5) + math.log(1 - 0.5))
     ) / (2 * 2)
-    found = adversarial_loss(logit([[0.8], [0.5]]), logit([[0.3, 0.6], [0.2, 0.5]]), weights)
+    found = adversarial_loss(logit([[0.8], [0.5]]), logit([[0.3, 0.6], [0.2, 0.5]]), weights, 2)
     assert found.item() == pytest.approx(expected, rel=1e-5)
 
 
@@ -285,7 +287,8 @@ def test_every_turn_has_the_gradient_of_its_own_loss(shared, options):
         ("model", for_g),
         *((player, for_c) for player in [*encoder, "classifier"]),
         *((player, -all_of["agreement"]) for player in [*encoder, "classifier"]),
-        *((player, for_both) for player in ["prior", *encoder, "classifier"]),
+        ("prior", for_both),
+        *((player, options.get("classifier_consistency", 1) * for_both) for player in [*encoder, "classifier"]),
     ]
     assert [player for player, _, _ in seen] == [player for player, _ in expected]
     for (player, value, found), (_, loss) in zip(seen, expected):
@@ -293,6 +296,72 @@ def test_every_turn_has_the_gradient_of_its_own_loss(shared, options):
             assert value == pytest.approx(loss.item(), rel=1e-4, abs=1e-6), player
         for ours, theirs in zip(found, gradients(loss, objective.players[player].module), strict=True):
             assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-6), player
+
+
+class OneNoise(ResponsibilityLearning):
+    """One ε for all images of a sample, and draws that a test chooses."""
+
+    chosen: tuple[int, ...] = ()
+
+    def _noise(self, n, n_components, n_latent):
+        return torch.randn(n, 1, n_latent, generator=torch.Generator().manual_seed(7)).expand(n, n_components, -1)
+
+    def _drawn(self, responsibilities):
+        return torch.tensor(self.chosen)[:, None]
+
+
+def test_drawn_gaussians_have_the_losses_of_all_in_expectation():
+    """Losses and gradients of D and G, over all nine draws of three Gaussians for two samples by their probabilities."""
+    torch.manual_seed(1)
+    model, x = model_for(), torch.rand(2, 64)
+    options = {"loss": "non-saturating", "pairs": None, "uniform_share": 0.1, "classifier_adversarial": False}
+    objective = objective_for(model, OneNoise, **options)
+    players = ("discriminator", "model")
+    modules = [objective.players[player].module for player in players]
+    expected = [objective.loss(player, {"x": x})[0] for player in players]
+    responsibilities = 0.9 * model.responsibilities(x).detach() + 0.1 / 3
+    objective.generated = "drawn"
+    found, total = [0.0, 0.0], 0.0
+    for objective.chosen in itertools.product(range(3), repeat=2):
+        p = responsibilities[[0, 1], list(objective.chosen)].prod().item()
+        total += p
+        for i, player in enumerate(players):
+            found[i] = found[i] + p * objective.loss(player, {"x": x})[0]
+    assert total == pytest.approx(1, abs=1e-6)
+    for ours, theirs, module in zip(found, expected, modules):
+        assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
+        for a, b in zip(gradients(ours, module), gradients(theirs, module)):
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-7)
+
+
+def test_consistency_is_of_the_drawn_gaussians():
+    torch.manual_seed(1)
+    model, x = model_for(), torch.rand(4, 64)
+    options = {"pairs": None, "classifier_adversarial": False, "generated": "drawn", "label_steps": 5}
+    objective = objective_for(model, OneNoise, **options)
+    objective.chosen = (2, 0, 2, 1)
+    chosen = torch.tensor(objective.chosen)
+    objective.turns(0)
+    for player in ("discriminator", "model"):
+        objective.loss(player, {"x": x})
+    value, _ = objective.loss("prior", {"x": x})
+    noise = torch.randn(4, 1, model.n_latent, generator=torch.Generator().manual_seed(7))[:, 0]
+    z = model.prior.place(noise, chosen)
+    assigned = model.responsibilities(model.decode(z))
+    joint = model.prior.log_posterior(z).exp().T @ assigned / 4
+    expected = -mutual_information(joint) - assigned[range(4), chosen].log().mean()
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+    for ours, theirs in zip(gradients(value, model.prior), gradients(expected, model.prior)):
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-7)
+
+
+def test_draws_follow_the_responsibilities():
+    """False-alarm odds below 1e-6: five standard deviations."""
+    torch.manual_seed(0)
+    objective = objective_for(model_for(), classifier_adversarial=False, generated="drawn")
+    p = torch.tensor([0.7, 0.1, 0.2])
+    drawn = objective._drawn(p.expand(10_000, 3)).flatten().bincount(minlength=3) / 10_000
+    assert ((drawn - p).abs() < 5 * (p * (1 - p) / 10_000).sqrt()).all()
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -357,16 +426,18 @@ def test_pairs_of_equation_5():
     assert 0 < (jittered - x[:, :3]).abs().max() < 1
     without = objective_for(model, pairs=None, classifier_adversarial=False)
     assert without.turns(0) == ["discriminator", "model", "prior", "classifier"]
+    unled = objective_for(model, pairs=None, classifier_adversarial=False, classifier_consistency=0)
+    assert unled.turns(0) == ["discriminator", "model", "prior"]
 
 
 def test_labels_are_taught_in_the_first_steps_alone():
     torch.manual_seed(0)
     objective = objective_for(model_for(), Fixed, label_steps=2)
-    logits = torch.randn(12, 3)
+    logits, x = torch.randn(12, 3), torch.rand(4, 64)
     values = []
     for step in range(4):
         objective.turns(step)
-        values.append(objective._consistency_loss(torch.zeros(12, 3).log_softmax(1), logits)[0].item())
+        values.append(objective._consistency_loss(torch.zeros(12, 3).log_softmax(1), logits, x)[0].item())
     by_hand = F.cross_entropy(logits, torch.tensor([0, 1, 2] * 4)).item()
     assert values == pytest.approx([by_hand, by_hand, 0, 0], abs=1e-6)
 
@@ -382,6 +453,7 @@ RUNS = {
     "working": (WORKING, False),
     "working, shared": (WORKING, True),
     "invariance": ({**WORKING, "agreement": "invariance"}, False),
+    "drawn": ({**WORKING, "agreement": "invariance", "generated": "drawn"}, False),
     "invariance, shared": ({**WORKING, "agreement": "invariance"}, True),
 }
 
@@ -390,6 +462,11 @@ class Shared(ResponsibilityLearning):
     def _noise(self, n, n_components, n_latent):
         rows = torch.randn(n * WORLD["size"], n_components, n_latent)
         return rows[WORLD["rank"] * n :][:n]
+
+    def _drawn(self, responsibilities):
+        n = len(responsibilities)
+        at = torch.rand(n * WORLD["size"], 1)[WORLD["rank"] * n :][:n]
+        return (responsibilities.cumsum(1)[:, :-1] < at).sum(1, keepdim=True)
 
     def _augmented(self, x):
         draws = torch.rand(len(x) * WORLD["size"], 6)
@@ -473,6 +550,11 @@ def test_a_trained_model_is_whole():
         engine = make_engine(TrainingSettings(batch_size=8))
         engine.attach(objective_for(model))
         assert model.state_dict().keys() <= trained_tensors(engine.state()).keys()
+
+
+def test_drawn_gaussians_leave_no_weights_to_learn_by():
+    with pytest.raises(UserError, match="classifier_adversarial=false"):
+        load_recipe("mnist-responsibility", ["model.generated=drawn", "model.classifier_adversarial=true"])
 
 
 def test_invariance_needs_pairs_that_belong_together():

@@ -58,9 +58,13 @@ class ResponsibilitySettings(FamilySettings):
     agreement: Literal["information", "invariance"] = Field(
         "information", description="eq. 5, or assignments that a change of the image leaves, certain and equally many"
     )
+    generated: Literal["all", "drawn"] = Field(
+        "all", description="images of all Gaussians beside each real one, or of one that its responsibilities draw"
+    )
     uniform_share: float = Field(0.0, ge=0, le=1, description="share of equal weights in the responsibilities of eq. 6")
     classifier_adversarial: bool = Field(True, description="whether the classifier moves by eq. 6, too")
     label_steps: int = Field(0, ge=0, description="first steps, with the cross-entropy to the Gaussians' numbers")
+    classifier_consistency: float = Field(1.0, ge=0, description="weight of eq. 4 in the classifier's loss")
     generator_consistency: float = Field(0.0, ge=0, description="weight of eq. 4 in the generator's loss")
     encoder: EncoderSettings = Field(default_factory=lambda: EncoderSettings())
     prior_optimiser: OptimiserSettings = Field(default_factory=_adam)
@@ -71,6 +75,15 @@ class ResponsibilitySettings(FamilySettings):
             raise ValueError(
                 "model.agreement=invariance compares an image with a changed one of it: set model.pairs=augmented, or "
                 "model.agreement=information"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _weights_are_there(self) -> ResponsibilitySettings:
+        if self.generated == "drawn" and self.classifier_adversarial:
+            raise ValueError(
+                "model.generated=drawn leaves no weights for the classifier to learn eq. 6 by: set "
+                "model.classifier_adversarial=false, or model.generated=all"
             )
         return self
 
@@ -140,8 +153,10 @@ class ResponsibilitySettings(FamilySettings):
             loss=self.adversarial_loss,
             pairs=self.pairs,
             agreement=self.agreement,
+            generated=self.generated,
             uniform_share=self.uniform_share,
             classifier_adversarial=self.classifier_adversarial,
             label_steps=self.label_steps,
+            classifier_consistency=self.classifier_consistency,
             generator_consistency=self.generator_consistency,
         )

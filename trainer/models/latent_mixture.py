@@ -48,7 +48,7 @@ class LatentPrior(nn.Module):
                 self.register_buffer(name, value)
 
     def place(self, noise: Tensor, component: Tensor) -> Tensor:
-        """z = σ_k ε + μ_k, [n, d], for noise ε [n, d] and each sample's component k [n]."""
+        """z = σ_k ε + μ_k, [..., d], for noise ε [..., d] and each sample's component k [...]."""
         return self.means[component] + self.log_deviations.exp()[component] * noise
 
     def log_posterior(self, z: Tensor) -> Tensor:
@@ -59,9 +59,9 @@ class LatentPrior(nn.Module):
         )
         return (-square / 2 - self.log_deviations.sum(1)).log_softmax(-1)
 
-    def forward(self, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """(z_k = σ_k ε + μ_k, log p(· | z_k)), [n, K, d] and [n, K, K], for noise ε [n, K, d]."""
-        z = self.means + self.log_deviations.exp() * noise
+    def forward(self, noise: Tensor, component: Tensor) -> tuple[Tensor, Tensor]:
+        """(z of `place`, log p(· | z)), [..., d] and [..., K], for noise ε [..., d] and components k [...]."""
+        z = self.place(noise, component)
         return z, self.log_posterior(z)
 
 
@@ -143,8 +143,8 @@ class LatentMixture(nn.Module):
     @torch.no_grad()
     def interpolate(self, weights: Tensor, noise: Tensor) -> Tensor:
         """G(Σ_k w_k (σ_k ε + μ_k)), [n, n_features], for weights w [n, K] and one noise ε [n_latent] for all."""
-        z, _ = self.prior(noise.expand(1, self.n_components, -1))
-        return self.decode(weights @ z[0])
+        z = self.prior.place(noise, torch.arange(self.n_components, device=noise.device))
+        return self.decode(weights @ z)
 
     def _draw(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Components [n] and noise [n, n_latent]."""

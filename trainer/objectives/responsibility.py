@@ -21,6 +21,7 @@ from trainer.objectives.transport import squared_distances
 Loss = Literal["minimax", "non-saturating"]
 Pairs = Literal["independent", "augmented", "nearest"]
 Agreement = Literal["information", "invariance"]
+Generated = Literal["all", "drawn"]
 
 # Of the random affine maps that augment images: radians, shear, log of the size, and share of half a side.
 _TURN, _SHEAR, _GROWTH, _SHIFT = 0.25, 0.15, 0.15, 0.15
@@ -74,10 +75,14 @@ class ResponsibilityLearning:
       term asks for equally many images of each Gaussian.
     - `uniform_share` u: (1 - u) w_i + u / K in place of w_i in eq. 6. With u = 1 weights are those of DeLiGAN.
     - `label_steps`: in so many first steps -log C(x̂_i^k)_k is added to eq. 4.
+    - `classifier_consistency` λ: C takes λ times its loss of eq. 4, so that it leads G rather than follow it: where G
+      draws one digit from two Gaussians, eq. 4 asks C to tell them apart.
     - `generator_consistency` λ: G also pays λ times that loss of eq. 4 (as in InfoGAN; Chen et al. 2016).
     - `loss` "non-saturating": G pays (1/K) E_i Σ_k w_ik s(-f(x̂_i^k)).
     - `classifier_adversarial` false: C does not move by eq. 6.
     - a prior of unit deviations (`LatentPrior`).
+    - `generated` "drawn": one image x̂_i^k of each x_i, whose k is drawn by the weights w_i, in place of all K. The
+      losses of D and G keep their expectation and cost a K-th; eq. 4 is of the drawn ones.
 
     Joint distributions are of the batch of all workers together, so that N workers have the gradients of one; but for
     "nearest".
@@ -85,8 +90,8 @@ class ResponsibilityLearning:
     Args:
         players: `model` (a `Decoder`), `prior`, `classifier`, `discriminator` and, where the two share one, `encoder`,
             which moves with either.
-        loss, pairs, agreement, uniform_share, classifier_adversarial, label_steps, generator_consistency: see above;
-            without `pairs` eq. 5 is left out.
+        loss, pairs, agreement, generated, uniform_share, classifier_adversarial, label_steps, classifier_consistency,
+            generator_consistency: see above; without `pairs` eq. 5 is left out; with "drawn" C cannot move by eq. 6.
     """
 
     def __init__(
@@ -96,16 +101,19 @@ class ResponsibilityLearning:
         loss: Loss = "minimax",
         pairs: Pairs | None = "independent",
         agreement: Agreement = "information",
+        generated: Generated = "all",
         uniform_share: float = 0.0,
         classifier_adversarial: bool = True,
         label_steps: int = 0,
+        classifier_consistency: float = 1.0,
         generator_consistency: float = 0.0,
     ) -> None:
         self.players = players
         self.networks: dict[str, Callable[..., Any]] = {name: player.module for name, player in players.items()}
         self.kind, self.pairs, self.agreement, self.uniform_share = loss, pairs, agreement, uniform_share
+        self.generated = generated
         self.classifier_adversarial, self.label_steps = classifier_adversarial, label_steps
-        self.generator_consistency = generator_consistency
+        self.classifier_consistency, self.generator_consistency = classifier_consistency, generator_consistency
         self.shares_encoder = "encoder" in players
         self._labels = label_steps > 0
         self._plan: list[tuple[str, str]] = []
@@ -119,7 +127,8 @@ class ResponsibilityLearning:
             self._plan += [("assignment", player) for player in classifier]
         if self.pairs is not None:
             self._plan += [("agreement", player) for player in classifier]
-        self._plan += [("consistency", player) for player in ("prior", *classifier)]
+        learns = classifier if self.classifier_consistency else ()
+        self._plan += [("consistency", player) for player in ("prior", *learns)]
         self._labels, self._kept = step < self.label_steps, {}
         return [player for _, player in self._plan]
 
@@ -142,8 +151,8 @@ class ResponsibilityLearning:
         weights, fake = self._of_step("weights", x), self._of_step("fake", x)
         values = self._ask("discriminator", player, torch.cat([x, fake]), "adversarial")
         of_real, of_fake = values[: len(x)], values[len(x) :].view_as(weights)
-        loss = -adversarial_loss(of_real, of_fake, weights)
-        share = weights.mean(0)
+        share = self._of_step("responsibilities", x).mean(0)
+        loss = -adversarial_loss(of_real, of_fake, weights, len(share))
         # How many Gaussians the data is assigned to: the exponential of the entropy of their shares.
         return loss, {"gaussians": torch.special.entr(share).sum().exp()}
 
@@ -152,11 +161,11 @@ class ResponsibilityLearning:
         fake = self.networks["model"](z.flatten(0, 1))
         values = self._ask("discriminator", "model", fake).view_as(weights)
         paid = F.softplus(-values) if self.kind == "non-saturating" else -F.softplus(values)
-        adversarial = (weights * paid).sum(1).mean() / weights.shape[1]
+        adversarial = (weights * paid).sum(1).mean() / self._of_step("responsibilities", x).shape[1]
         if not self.generator_consistency:
             return adversarial, {}
         logits = self._ask("classifier", "model", fake)
-        consistency, scalars = self._consistency_loss(self._of_step("log_posterior", x).flatten(0, 1), logits)
+        consistency, scalars = self._consistency_loss(self._of_step("log_posterior", x).flatten(0, 1), logits, x)
         return adversarial + self.generator_consistency * consistency, {**scalars, "adversarial": adversarial.detach()}
 
     def _assignment(self, player: str, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -165,7 +174,7 @@ class ResponsibilityLearning:
                 values = self._ask("discriminator", "model", torch.cat([x, self._of_step("fake", x)]))
             self._kept["of_real"], self._kept["of_fake"] = values[: len(x)], values[len(x) :].view(len(x), -1)
         weights = self._mixed(self._ask("classifier", player, x, "assignment").softmax(1))
-        return adversarial_loss(self._kept["of_real"], self._kept["of_fake"], weights), {}
+        return adversarial_loss(self._kept["of_real"], self._kept["of_fake"], weights, weights.shape[1]), {}
 
     def _agreement(self, player: str, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         if "others" not in self._kept:
@@ -191,23 +200,23 @@ class ResponsibilityLearning:
 
     def _consistency(self, player: str, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         if player == "prior" or "moved" not in self._kept:
-            z, log_posterior = self.networks["prior"](self._of_step("noise", x))
+            z, log_posterior = self.networks["prior"](self._of_step("noise", x), self._kept["component"])
             fake, log_posterior = self.networks["model"](z.flatten(0, 1)), log_posterior.flatten(0, 1)
             self._kept["moved"], self._kept["moved_posterior"] = fake.detach(), log_posterior.detach()
         if player != "prior":
             fake, log_posterior = self._kept["moved"], self._kept["moved_posterior"]
-        return self._consistency_loss(log_posterior, self._ask("classifier", player, fake, "consistency"))
+        logits = self._ask("classifier", player, fake, "consistency")
+        loss, scalars = self._consistency_loss(log_posterior, logits, x)
+        return loss if player == "prior" else self.classifier_consistency * loss, scalars
 
-    def _consistency_loss(self, log_posterior: Tensor, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Of images [M K, ...], that of each sample in the order of the Gaussians."""
+    def _consistency_loss(self, log_posterior: Tensor, logits: Tensor, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Of the images generated beside x, those of one sample in a row."""
         joint = log_posterior.exp().T @ logits.softmax(1) / len(logits)
         information = mutual_information(mean_over_ranks(joint))
         scalars = {"consistency": information.detach()}
         if not self._labels:
             return -information, scalars
-        k = logits.shape[1]
-        labels = torch.arange(k, device=logits.device).repeat(len(logits) // k)
-        return F.cross_entropy(logits, labels) - information, scalars
+        return F.cross_entropy(logits, self._of_step("component", x).flatten()) - information, scalars
 
     def _ask(self, head: str, player: str, x: Tensor, name: str = "") -> Tensor:
         """What `head` says of samples x [n, d]: [n, 1] or [n, K].
@@ -225,14 +234,21 @@ class ResponsibilityLearning:
 
     @torch.no_grad()
     def _of_step(self, name: str, x: Tensor) -> Tensor:
-        """What all turns of a step share: ε, z, log p(· | z), x̂, and the weights of x by C as it was."""
+        """What all turns of a step share: k, ε, z, log p(· | z), x̂, C(x) as it was, mixed, and the weights of eq. 6."""
         if name not in self._kept:
             prior: Any = self.players["prior"].module
-            noise = self._noise(len(x), *prior.means.shape).to(x)
-            z, log_posterior = self.networks["prior"](noise)
-            weights = self._mixed(self._ask("classifier", "model", x).softmax(1))
+            responsibilities = self._mixed(self._ask("classifier", "model", x).softmax(1))
+            if self.generated == "drawn":
+                component = self._drawn(responsibilities)
+                weights = torch.ones_like(responsibilities[:, :1])
+            else:
+                component = torch.arange(responsibilities.shape[1], device=x.device).expand(len(x), -1)
+                weights = responsibilities
+            noise = self._noise(len(x), component.shape[1], prior.means.shape[1]).to(x)
+            z, log_posterior = self.networks["prior"](noise, component)
             fake = self.networks["model"](z.flatten(0, 1))
-            self._kept |= {"noise": noise, "z": z, "log_posterior": log_posterior, "fake": fake, "weights": weights}
+            self._kept |= {"component": component, "noise": noise, "z": z, "log_posterior": log_posterior}
+            self._kept |= {"fake": fake, "responsibilities": responsibilities, "weights": weights}
         return self._kept[name]
 
     def _mixed(self, responsibilities: Tensor) -> Tensor:
@@ -243,6 +259,9 @@ class ResponsibilityLearning:
     def _noise(self, n: int, n_components: int, n_latent: int) -> Tensor:
         return torch.randn(n, n_components, n_latent)
 
+    def _drawn(self, responsibilities: Tensor) -> Tensor:
+        return torch.multinomial(responsibilities, 1)
+
     def _augmented(self, x: Tensor) -> Tensor:
         generator: Any = self.players["model"].module.generator
         if not halvings(generator.shape):
@@ -250,12 +269,12 @@ class ResponsibilityLearning:
         return affine_images(x, generator.shape, torch.rand(len(x), 6).to(x))
 
 
-def adversarial_loss(of_real: Tensor, of_fake: Tensor, weights: Tensor) -> Tensor:
+def adversarial_loss(of_real: Tensor, of_fake: Tensor, weights: Tensor, n_components: int) -> Tensor:
     """(1/K) E_i Σ_k w_ik (log D(x_i) + log(1 - D(x̂_i^k))), a scalar in nats (eq. 6).
 
-    For logits of D: `of_real` [M, 1] and `of_fake` [M, K]; weights [M, K].
+    For logits of D: `of_real` [M, 1] and `of_fake` [M, n]; weights [M, n], where n is K or, of drawn Gaussians, less.
     """
-    return -(weights * (F.softplus(-of_real) + F.softplus(of_fake))).sum(1).mean() / weights.shape[1]
+    return -(weights * (F.softplus(-of_real) + F.softplus(of_fake))).sum(1).mean() / n_components
 
 
 def mutual_information(joint: Tensor) -> Tensor:
