@@ -311,7 +311,7 @@ class OneNoise(ResponsibilityLearning):
 
 
 def test_drawn_gaussians_have_the_losses_of_all_in_expectation():
-    """Losses and gradients of D and G, over all nine draws of three Gaussians for two samples by their probabilities."""
+    """Losses and gradients of D and G, over the nine draws of three Gaussians for two samples, by probability."""
     torch.manual_seed(1)
     model, x = model_for(), torch.rand(2, 64)
     options = {"loss": "non-saturating", "pairs": None, "uniform_share": 0.1, "classifier_adversarial": False}
