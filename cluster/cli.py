@@ -132,6 +132,7 @@ def sample(
     n: int = typer.Option(64, "-n", min=1, max=MAX_DRAWN, help="number of samples"),
     out: str = typer.Option(..., "--out", help="FILE.png for a picture, FILE.npy, or a folder or URL for a pack"),
     seed: int = typer.Option(0, min=0, max=MAX_SEED, help="the same seed gives the same samples"),
+    component: int = typer.Option(None, "--component", min=0, help="a picture or an array: of one component alone"),
     workers: int = typer.Option(None, "--workers", min=1, help="a pack: draw it by so many Ray workers"),
     ray_address: str = RAY,
     gpus_per_task: float = typer.Option(0.0, "--gpus-per-task", min=0, help="a pack: GPUs that a Ray task reserves"),
@@ -154,6 +155,10 @@ def sample(
 
         if Path(out).suffix:
             raise UserError(f"--out {out}: give a .png, a .npy, or the name of a folder")
+        if component is not None:
+            raise UserError(
+                f"--component {component}: a pack is of all components: give a .png or .npy, or leave it out"
+            )
         looking = Looking(
             tracking_uri=tracking_uri, workers=workers, ray_address=ray_address, gpus_per_task=gpus_per_task
         )
@@ -165,7 +170,7 @@ def sample(
     if workers is not None or ray_address or gpus_per_task:
         raise UserError(f"--out {out}: workers draw packs: give a folder, or leave --workers and --ray-address out")
     opened = open_model(model, tracking_uri)
-    samples = opened.sample(n, seed)
+    samples = opened.sample(n, seed, component)
     side = math.ceil(math.sqrt(n))
     if Path(out).suffix == ".npy":
         with publish(out) as handle:
@@ -291,22 +296,60 @@ def inpaint(
     )
 
 
+_AGREEMENT = ("accuracy", "information", "purity")
+
+
+@app.command()
+def assign(
+    model: str = typer.Argument(help="models:/NAME@ALIAS, or the --out folder of a run"),
+    data: str = typer.Option(..., "--data", help="shards, a folder of images, a .npy/.npz file, or a source"),
+    out: str = typer.Option(None, "--out", help="FILE.csv: the component of every sample; FILE.npy: responsibilities"),
+    split: str = typer.Option("test", "--split", help="split of DATA, where it has splits"),
+    seed: int = typer.Option(0, "--seed", min=0, max=MAX_SEED, help="fixes the dequantisation"),
+    as_json: bool = typer.Option(False, "--json", help="print one JSON object and nothing else"),
+    tracking_uri: str = TRACKING,
+) -> None:
+    """Assigns samples to a model's components, and tells how far these are the classes that the samples have."""
+    from cluster import assignments
+    from cluster.models import open_model
+    from cluster.questions import check_places
+
+    if out and Path(out).suffix not in (".csv", ".npy"):
+        raise UserError(f"--out {out}: give a file that ends in .csv or .npy")
+    check_places(*([Path(out)] if out else []))
+    found = assignments.assign(open_model(model, tracking_uri), data, split=split, seed=seed)
+    if out:
+        assignments.write(out, found)
+    sizes, scores = found.sizes, found.agreement
+    if as_json:
+        found_of = {} if scores is None else {name: getattr(scores, name) for name in _AGREEMENT}
+        print(json.dumps({"samples": int(sizes.sum()), "sizes": sizes.tolist(), **found_of}))
+        return
+    used = f"{int((sizes > 0).sum())} of {len(sizes)} have samples: {sizes.min():,} to {sizes.max():,}"
+    told = {"samples": f"{sizes.sum():,} of {data}", "components": used}
+    if scores is not None:
+        told |= {
+            "accuracy": f"{scores.accuracy:.3f} (best matching of components and classes)",
+            "information": f"{scores.information:.3f} (mutual, over the mean entropy)",
+            "purity": f"{scores.purity:.3f}",
+        }
+    print_fields(**told, **({"table": out} if out else {}))
+
+
 @app.command()
 def traverse(
     model: str = typer.Argument(help="models:/NAME@ALIAS, or the --out folder of a run"),
-    out: str = typer.Option(..., "--out", help="folder for components.png, factors.png and interpolation.gif"),
-    component: int = typer.Option(None, "--component", min=0, help="default: the largest"),
-    factors: tuple[int, int] = typer.Option((0, 1), "--factors", help="the two factors of the grid"),
+    out: str = typer.Option(..., "--out", help="folder for the pictures"),
+    component: int = typer.Option(None, "--component", min=0, help="default: the largest, or the first"),
+    factors: tuple[int, int] = typer.Option(None, "--factors", help="the two factors of the grid (default: 0 1)"),
     seed: int = typer.Option(0, "--seed", min=0, max=MAX_SEED, help="fixes the walk of the animation"),
     tracking_uri: str = TRACKING,
 ) -> None:
-    """Shows what a mixture has learnt: components, a grid over two factors, and an animated walk."""
+    """Shows what a mixture has learnt: its components, what lies between them or along factors, an animated walk."""
     from cluster import questions
-    from cluster.models import open_mixture
+    from cluster.models import open_model
 
-    written = questions.traverse(
-        open_mixture(model, tracking_uri), out, component=component, factors=factors, seed=seed
-    )
+    written = questions.traverse(open_model(model, tracking_uri), out, component=component, factors=factors, seed=seed)
     for name in written:
         out_console.print(str(Path(out) / name), highlight=False)
 

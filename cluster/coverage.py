@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from cluster import codes
+from cluster import codes, gaussians
 from cluster.fitting import Trained
 from cluster.models import LocalAutoencoder, LocalModel, open_model
 from cluster.progress import console
@@ -27,6 +27,7 @@ from eval.evaluate import Rule
 from eval.report import ReportFigure, ReportSection
 from eval.scores import ScoreSettings
 from trainer.checkpoint import load_model
+from trainer.models.latent_mixture import LatentMixture
 from trainer.settings import TEST_SPLIT, TRAIN_SPLIT
 
 UNIT = "models"  # of progress
@@ -132,7 +133,7 @@ def _metrics(comparison: Comparison, name: str) -> dict[str, float]:
 
 
 def _model_sections(trained: Trained) -> list[ReportSection]:
-    """Pictures of the model itself: its components, or, in the plane, its density."""
+    """Pictures of the model itself: its components or Gaussians, or, in the plane, its density."""
     model, _ = load_model(trained.model)
     shape = tuple(trained.manifest.shape)
     if shape == (2,):
@@ -140,6 +141,8 @@ def _model_sections(trained: Trained) -> list[ReportSection]:
         picture = density_panels([Panel(trained.manifest.name, in_the_plane(model, truth))])
         caption = "2,000 samples (by component) over the contours of the log-density and held-out data (grey)."
         return [ReportSection("In the plane", "", [ReportFigure("Samples", picture, caption, "Samples in the plane")])]
+    if isinstance(model, LatentMixture):
+        return [gaussians.section(model, shape)]
     components = mixture_figures.components_of(model, shape)
     if components is None:
         return []

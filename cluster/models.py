@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import json
 from typing import Any, TypeVar
 
@@ -50,17 +51,26 @@ class LocalModel:
                 "give a density, such as a mixture"
             )
 
-    def sample(self, n: int, seed: int) -> np.ndarray:
-        """n samples [n, *shape]; the same for the same seed.
+    def sample(self, n: int, seed: int, component: int | None = None) -> np.ndarray:
+        """n samples [n, *shape], of all components or of one; the same for the same seed.
 
         Raises:
-            UserError: some are not finite, as the model's parameters are out of all bounds; or it draws none.
+            UserError: some are not finite, as the model's parameters are out of all bounds; it draws none, or cannot
+                draw from this component.
         """
         self.require("sample")
-        samples = self.model.sample(n, torch.Generator().manual_seed(seed)).numpy()
+        chosen = {} if component is None else {"component": self._component(component)}
+        samples = self.model.sample(n, torch.Generator().manual_seed(seed), **chosen).numpy()
         if not np.isfinite(samples).all():
             raise UserError(f"the model of {self.data['name']} draws NaN or infinite values: train it again")
         return np.asarray(samples).reshape(n, *self.data["shape"])
+
+    def _component(self, number: int) -> int:
+        if "component" not in inspect.signature(self.model.sample).parameters:
+            raise UserError(f"--component {number}: the family {self.document['family']} draws from all: leave it out")
+        if number >= self.model.n_components:
+            raise UserError(f"component {number}: the model has components 0 to {self.model.n_components - 1}")
+        return number
 
     def component_log_prob(self, x: np.ndarray) -> np.ndarray:
         """log π_k p(x | k) in nats, [n, n_components]."""

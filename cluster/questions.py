@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from cluster.densities import in_space
+from cluster.gaussians import traversal
 from cluster.models import LocalModel
 from data import storage
 from data.errors import UserError
@@ -23,6 +24,7 @@ from eval import figures, mixture_figures
 from eval.canvas import is_image
 from eval.likelihood import LogLikelihood, summarise
 from trainer.models.inpainting import inpaint
+from trainer.models.latent_mixture import LatentMixture
 
 _NOISE = 11  # first word of the key of dequantisation, apart from those of training
 _SHOWN = 16  # samples and draws in a picture of completions
@@ -83,7 +85,7 @@ def write_scores(path: str, log_probs: np.ndarray, components: np.ndarray) -> No
             np.save(handle, log_probs, allow_pickle=False)
         return
     rows = ((i, f"{value:.6g}", k) for i, (value, k) in enumerate(zip(log_probs, components, strict=True)))
-    _write_csv(path, ("index", "log_likelihood", "component"), rows)
+    write_table(path, ("index", "log_likelihood", "component"), rows)
 
 
 def find_outliers(
@@ -115,7 +117,7 @@ def find_outliers(
     entries = [item[2] for item in worst]
     columns = ("rank", "index", "log_likelihood", "component", "label")
     rows = ([rank, *(entry[c] for c in columns[1:])] for rank, entry in enumerate(entries, 1))
-    _write_csv(str(Path(folder) / "outliers.csv"), columns, rows)
+    write_table(str(Path(folder) / "outliers.csv"), columns, rows)
     picture = mixture_figures.outlier_sheet(
         np.stack([item[3] for item in worst]), np.array([e["log_likelihood"] for e in entries])
     )
@@ -246,19 +248,38 @@ def traverse(
     folder: str,
     *,
     component: int | None = None,
-    factors: tuple[int, int] = (0, 1),
+    factors: tuple[int, int] | None = None,
     frames: int = 60,
     seed: int = 0,
 ) -> list[str]:
     """Pictures of what the mixture has learnt, written to a folder; returns their names.
 
-    `components.png`: means, noise and factors of the largest components. For images, where there are two factors,
-    also `factors.png`, a grid over two factors of one component (by default the largest), and `interpolation.gif`, a
-    closed walk of its factors z through points drawn from their prior.
+    Of a generator with a latent mixture: `gaussians.png`, samples of each Gaussian; `paths.png`, ways from each to the
+    next; `triangle.png`, between three of them, from `component` on; for images also `interpolation.gif`, a closed walk
+    through them. Of a mixture of factor analysers: `components.png`, means, noise and factors of the largest
+    components; for images, where there are two factors, also `factors.png`, a grid over two factors of one component
+    (by default the largest), and `interpolation.gif`, a closed walk of its factors z through points drawn from their
+    prior.
 
     Raises:
-        UserError: no such component or factor.
+        UserError: no such component or factor, or another model.
     """
+    if isinstance(model.model, LatentMixture):
+        if factors is not None:
+            raise UserError("--factors: the model has Gaussians without factors: leave it out")
+        written = traversal(model, component, seed)
+    else:
+        written = _factors(model, component, factors or (0, 1), frames, seed)
+    check_places(*(Path(folder) / name for name in written))
+    for name, picture in written.items():
+        _write(str(Path(folder) / name), picture)
+    return list(written)
+
+
+def _factors(
+    model: LocalModel, component: int | None, factors: tuple[int, int], frames: int, seed: int
+) -> dict[str, bytes]:
+    model.require("component_log_prob")
     mixture, shape = model.model, tuple(model.data["shape"])
     means = mixture.means.detach().numpy().reshape(-1, *shape)
     loadings = mixture.factor_loadings.detach().numpy().reshape(len(means), *shape, -1)
@@ -283,10 +304,7 @@ def traverse(
         ease = (1 - np.cos(np.pi * part)) / 2
         z = (1 - ease) * stops[low] + ease * stops[(low + 1) % len(stops)]
         written["interpolation.gif"] = mixture_figures.animation(means[k] + np.moveaxis(loadings[k] @ z.T, -1, 0))
-    check_places(*(Path(folder) / name for name in written))
-    for name, picture in written.items():
-        _write(str(Path(folder) / name), picture)
-    return list(written)
+    return written
 
 
 def reconstruction_sheet(models: list[tuple[str, LocalModel]], place: str, *, split: str, n: int, seed: int) -> bytes:
@@ -320,7 +338,8 @@ def _write(path: str, content: bytes) -> None:
         handle.write(content)
 
 
-def _write_csv(path: str, columns: tuple[str, ...], rows: Any) -> None:
+def write_table(path: str, columns: tuple[str, ...], rows: Any) -> None:
+    """A CSV file of rows; None is left empty."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)

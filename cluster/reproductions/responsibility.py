@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 
+from cluster import gaussians
 from cluster.reproductions import digits
 from cluster.reproductions.study import Column, Member, Outcomes, Reproduction, Trained
 from data import kmeans, storage
@@ -17,6 +18,7 @@ from eval import density_figures
 from eval.figures import sample_grid
 from eval.metrics.clustering import agreement, contingency
 from eval.report import ReportFigure
+from trainer.models.latent_mixture import LatentMixture
 from trainer.settings import TEST_SPLIT, TRAIN_SPLIT
 
 if TYPE_CHECKING:
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
 _PAPER = "W. Huang, R. Y. D. Xu, S. Jiang, X. Liang, I. Oppermann, GAN-based GMM Responsibility Learning, 2021"
 _KMEANS, _KMEANS_SEEDS = "kmeans.json", 5
-_OF_EACH, _SHOWN, _STEPS, _ROWS = 200, 10, 10, 9
+_OF_EACH = 200
 # The imbalanced data: this digit whole, and so many images of the other nine together.
 _WHOLE, _OTHERS = 0, 1000
 _MNIST_TRAINING = (5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949)
@@ -55,21 +57,15 @@ class _OfDigits(Reproduction):
     def figures(self, outcomes: Outcomes) -> list[ReportFigure]:
         shown = digits.quality_figures(outcomes)
         for label, found in outcomes.items():
-            for key, (what, caption) in _PICTURES.items():
-                if found and key in found[0].drawn:
-                    x = found[0].drawn[key]
-                    columns = _ROWS if key == "triangle" else _SHOWN
-                    picture = sample_grid(x, len(x) // columns, columns)
-                    shown.append(ReportFigure(f"{label}: {what}", picture, caption, f"{what} of {label}"))
+            if not found:
+                continue
+            of_all = dict(found[0].drawn)
+            picture = sample_grid(of_all.pop("x"), 10, 10)
+            shown.append(ReportFigure(f"{label}: samples", picture, "100 samples, first seed.", f"Samples of {label}"))
+            for one in gaussians.pictures(of_all).values():
+                title = f"{label}: {one.title[0].lower()}{one.title[1:]}"
+                shown.append(ReportFigure(title, one.png, f"{one.caption} First seed.", title))
         return shown
-
-
-_PICTURES = {
-    "x": ("samples", "The first 100 samples, first seed."),
-    "each": ("samples of each Gaussian", "A row for each Gaussian; first seed."),
-    "paths": ("interpolations", "Each row leads from a Gaussian to the next, at one ε for all; first seed."),
-    "triangle": ("three Gaussians", "Between the first three Gaussians, one at each corner, at one ε; first seed."),
-}
 
 
 class ResponsibilityMNIST(_OfDigits):
@@ -131,7 +127,7 @@ class ResponsibilityMNIST(_OfDigits):
             known = json.loads(storage.read_bytes(storage.join(trained.out, _KMEANS)))
             of_kmeans = known[trained.seed % _KMEANS_SEEDS]
             found |= {f"kmeans_{key}": value for key, value in of_kmeans.items()}
-        if hasattr(model, "interpolate"):
+        if isinstance(model, LatentMixture):
             classifier = digits.open_digit_classifier(trained.out)
             purities = []
             for k in range(model.n_components):
@@ -144,23 +140,9 @@ class ResponsibilityMNIST(_OfDigits):
     @torch.no_grad()
     def draw(self, trained: Trained) -> dict[str, np.ndarray]:
         model, found = trained.model, super().draw(trained)
-        if not hasattr(model, "interpolate"):
+        if not isinstance(model, LatentMixture):
             return found
-        from trainer.models.latent_mixture import barycentric
-
-        k, shape = model.n_components, tuple(trained.manifest.shape)
-        generator = torch.Generator().manual_seed(trained.seed)
-        each = [model.sample(_SHOWN, generator, component=j) for j in range(k)]
-        noise = torch.randn(model.n_latent, generator=generator)
-        ways = [model.interpolate(barycentric((j, (j + 1) % k), k, _STEPS), noise) for j in range(k)]
-        found |= {"each": torch.cat(each).reshape(-1, *shape).numpy()}
-        found |= {"paths": torch.cat(ways).reshape(-1, *shape).numpy()}
-        if k >= 3:
-            points = model.interpolate(barycentric((0, 1, 2), k, _ROWS), noise).reshape(-1, *shape).numpy()
-            sheet, at = np.ones((_ROWS, _ROWS, *shape), np.float32), np.tril_indices(_ROWS)
-            sheet[at] = points
-            found["triangle"] = sheet.reshape(-1, *shape)
-        return found
+        return found | gaussians.drawn(model, tuple(trained.manifest.shape), trained.seed)
 
     def figures(self, outcomes: Outcomes) -> list[ReportFigure]:
         curves = {
@@ -250,7 +232,7 @@ class ResponsibilityCompression(_OfDigits):
 
 def _parameters(model: Any) -> int:
     """Those that a sample depends on."""
-    parts = [model.generator, model.prior] if hasattr(model, "interpolate") else [model]
+    parts = [model.generator, model.prior] if isinstance(model, LatentMixture) else [model]
     return sum(p.numel() for part in parts for p in part.parameters())
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from cluster import progress
@@ -332,6 +333,65 @@ def test_traverse_draws_components_and_an_animation(call, small_model):
     assert code == 0, err
     assert Image.open("pictures/interpolation.gif").n_frames == 60
     assert "factors.png" in out
+
+
+@pytest.fixture
+def latent_model(tmp_path, digits_pack):
+    """A generator with four Gaussians and a classifier of them, as a run would leave it."""
+    from trainer.checkpoint import save_model
+    from trainer.models.responsibility import ResponsibilityGAN
+
+    torch.manual_seed(0)
+    model = ResponsibilityGAN((8, 8, 1), 4, n_latent=3, width=4, bounded=True, encoder_width=4, encoder_hidden=8)
+    save_model(str(tmp_path / "gan" / "model"), model, "responsibility", digits_pack, dequantised=False)
+    return "gan", model
+
+
+def test_traverse_shows_gaussians_and_what_lies_between_them(call, latent_model):
+    place, _ = latent_model
+    code, out, err = call("traverse", place, "--out", "pictures", "--component", 3)
+    assert code == 0, err
+    assert Image.open("pictures/interpolation.gif").n_frames == 4 * 8
+    for name in ("gaussians.png", "paths.png", "triangle.png"):
+        assert name in out
+        assert Image.open(f"pictures/{name}").width > 300
+    refuses(call("traverse", place, "--out", "p", "--component", 4), "0 to 3")
+    refuses(call("traverse", place, "--out", "p", "--factors", 0, 1), "without factors")
+
+
+def test_samples_of_one_component(call, latent_model, small_model):
+    place, model = latent_model
+    assert call("sample", place, "-n", 5, "--component", 2, "--out", "x.npy")[0] == 0
+    expected = model.sample(5, torch.Generator().manual_seed(0), component=2)
+    np.testing.assert_array_equal(np.load("x.npy").reshape(5, -1), expected.numpy())
+    assert call("sample", small_model, "-n", 40, "--component", 1, "--out", "x.npy")[0] == 0
+    assert call("sample", small_model, "-n", 40, "--out", "y.npy")[0] == 0
+    assert np.load("x.npy").std(0).mean() < np.load("y.npy").std(0).mean()
+    refuses(call("sample", place, "-n", 5, "--component", 4, "--out", "x.npy"), "0 to 3")
+    refuses(call("sample", place, "-n", 5, "--component", 1, "--out", "pack"), "a pack is of all")
+
+
+def test_assign_tells_components_and_how_far_they_are_classes(call, latent_model, small_model, array_file):
+    place, _ = latent_model
+    code, out, err = call("assign", place, "--data", "digits", "--json", "--out", "all.npy")
+    assert code == 0, err
+    found, responsibilities = json.loads(out), np.load("all.npy")
+    assert responsibilities.shape == (359, 4)
+    assert found["sizes"] == np.bincount(responsibilities.argmax(1), minlength=4).tolist()
+    assert 0 < found["accuracy"] <= found["purity"] <= 1
+    assert call("assign", place, "--data", "digits", "--out", "all.csv")[0] == 0
+    rows = [line.split(",") for line in Path("all.csv").read_text().splitlines()]
+    assert rows[0] == ["index", "component", "responsibility", "label"]
+    assert [int(row[1]) for row in rows[1:]] == responsibilities.argmax(1).tolist()
+    assert {row[3] for row in rows[1:]} == {str(digit) for digit in range(10)}
+    code, out, err = call("assign", small_model, "--data", "digits")
+    assert code == 0, err
+    assert "accuracy" in out
+    unknown = array_file(np.random.default_rng(0).random((9, 8, 8, 1)).astype(np.float32))
+    code, out, _ = call("assign", place, "--data", unknown)
+    assert code == 0
+    assert "accuracy" not in out
+    refuses(call("assign", place, "--data", "digits", "--out", "x.txt"), ".csv")
 
 
 def test_questions_refuse_in_one_line(call, small_model, array_file):

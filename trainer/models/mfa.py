@@ -259,18 +259,25 @@ class MFA(nn.Module):
         return self.log_prob(x), self.log_prior()
 
     @torch.no_grad()
-    def sample(self, n: int, generator: torch.Generator | None = None, *, noise: bool = True) -> Tensor:
-        """Draws n samples [n, n_features]; without `noise` they lie on the components' subspaces (μ + A z)."""
+    def sample(
+        self, n: int, generator: torch.Generator | None = None, *, noise: bool = True, component: int | None = None
+    ) -> Tensor:
+        """Draws n samples [n, n_features], of all components or of one.
+
+        Without `noise` they lie on the components' subspaces (μ + A z).
+        """
         device = self.means.device
-        component = torch.multinomial(self.mixing_coefficients, n, replacement=True, generator=generator)
+        chosen = torch.multinomial(self.mixing_coefficients, n, replacement=True, generator=generator)
+        if component is not None:
+            chosen.fill_(range(self.n_components)[component])
         z = torch.randn(n, self.n_factors, generator=generator, dtype=self.means.dtype, device=device)
-        out = self.means[component]
+        out = self.means[chosen]
         if noise:
             ε = torch.randn(n, self.n_features, generator=generator, dtype=self.means.dtype, device=device)
-            out += ε * self.noise_variance.sqrt()[component]
+            out += ε * self.noise_variance.sqrt()[chosen]
         # Component by component, so that no [n, n_features, n_factors] tensor is ever made.
-        order = component.argsort()
-        counts = torch.bincount(component, minlength=self.n_components).tolist()
+        order = chosen.argsort()
+        counts = torch.bincount(chosen, minlength=self.n_components).tolist()
         for k, rows in enumerate(order.split(counts)):
             if len(rows):
                 out[rows] += z[rows] @ self.factor_loadings[k].T
