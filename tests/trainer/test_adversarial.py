@@ -12,7 +12,14 @@ from trainer.families.flow import FlowSettings
 from trainer.fit import Fit, trained_tensors
 from trainer.loop import Callbacks
 from trainer.models.gan import Critic, Generator
-from trainer.objectives.adversarial import Adversarial, CriticWeights, critic_weights, gradient_penalty, mini_batch
+from trainer.objectives.adversarial import (
+    Adversarial,
+    CriticWeights,
+    critic_weights,
+    gradient_penalty,
+    mini_batch,
+    real_penalty,
+)
 from trainer.objectives.likelihood import MaximumLikelihood
 from trainer.players import make_player
 from trainer.settings import InitialisationSettings, OptimiserSettings, TrainingSettings
@@ -110,6 +117,29 @@ def test_gradient_penalty_equals_finite_differences():
             flat[place] = start
             gradient = 0.0 if parameter.grad is None else parameter.grad.view(-1)[place].item()
             assert gradient == pytest.approx((found[0] - found[1]) / (2 * h), rel=1e-4, abs=1e-7)
+
+
+def test_the_penalty_at_the_data():
+    """Of a linear critic |w|² / 2; of another the slopes of its values, and its gradient by finite differences."""
+    loss, scalars = objective_for(Linear([[3.0, 4.0]]), critic_steps=1, real_penalty=10.0).loss("critic", {"x": REAL})
+    assert scalars["penalty"].item() == pytest.approx(12.5)
+    assert loss.item() == pytest.approx(125 - scalars["gap"].item(), rel=1e-6)
+    torch.manual_seed(0)
+    critic, x = Critic((3,), n_critics=1, n_hidden=8, n_layers=2).double(), torch.randn(6, 3, dtype=torch.float64)
+    h = 1e-6
+    with torch.no_grad():
+        slopes = [(critic(x + h * e) - critic(x - h * e))[:, 0] / (2 * h) for e in torch.eye(3, dtype=torch.float64)]
+        expected = torch.stack(slopes, 1).square().sum(1).mean() / 2
+    penalty = real_penalty(critic, x)
+    assert penalty.item() == pytest.approx(expected.item(), rel=1e-6)
+    penalty.backward()
+    weight = next(critic.parameters())
+    gradient, found = weight.grad.view(-1)[1].item(), []
+    for shift in (h, -2 * h):
+        with torch.no_grad():
+            weight.view(-1)[1] += shift
+        found.append(real_penalty(critic, x).item())
+    assert gradient == pytest.approx((found[0] - found[1]) / (2 * h), rel=1e-4, abs=1e-7)
 
 
 def test_the_penalty_of_a_flat_critic_has_a_gradient():

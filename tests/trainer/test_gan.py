@@ -128,6 +128,14 @@ BASE = ["model={family: gan, adversarial: {gradient_penalty: 10}}", "hierarchy=n
         ),
         (["model.adversarial.critic.weight_clip=0.01"], ["gradient_penalty or critic.weight_clip, not both"]),
         (["model.adversarial.gradient_penalty=null"], ["must be bounded", "weight_clip"]),
+        (["model.adversarial.real_penalty=1"], ["real_penalty is of one critic", "leave gradient_penalty"]),
+        (
+            [
+                *("training.engine=deepspeed", "training.zero_stage=3", "model.adversarial.gradient_penalty=null"),
+                *("model.adversarial.real_penalty=1", "model.adversarial.loss=non-saturating"),
+            ],
+            ["zero_stage=3", "real_penalty", "twice"],
+        ),
         (["model.adversarial.likelihood_weight=1"], ["for densities", "leave them out"]),
         (["model.adversarial.critic.n_shared=9"], ["n_shared (9)", "n_layers (4)"]),
         (["model.transport={}"], ["give one of them"]),

@@ -43,6 +43,7 @@ WORKING = {
     "label_steps": 3,
     "classifier_consistency": 0.3,
     "generator_consistency": 0.5,
+    "real_penalty": 0.7,
 }
 
 
@@ -276,6 +277,10 @@ def test_every_turn_has_the_gradient_of_its_own_loss(shared, options):
     all_of = all_losses(model, discriminator, x, options.get("uniform_share", 0.0))
     k = 3
     for_d = -(all_of["weights"].detach() * all_of["bracket"]).sum() / (5 * k)
+    if options:
+        at = x.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(discriminator(model.encoder(at)).sum(), at, create_graph=True)
+        for_d = for_d + options["real_penalty"] / 2 * slope.square().sum() / (5 * k)
     for_c = (all_of["weights"] * all_of["bracket"].detach()).sum() / (5 * k)
     for_both = -all_of["consistency"] + (all_of["labels"] if options else 0)
     for_g = all_of["adversarial"]
@@ -353,6 +358,16 @@ def test_consistency_is_of_the_drawn_gaussians():
     assert value.item() == pytest.approx(expected.item(), rel=1e-5)
     for ours, theirs in zip(gradients(value, model.prior), gradients(expected, model.prior)):
         assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-7)
+
+
+def test_what_is_not_finite_is_told_by_the_loss():
+    """On all workers alike, and not by the draw on one."""
+    model = model_for()
+    objective = objective_for(model, pairs="augmented", classifier_adversarial=False, generated="drawn")
+    with torch.no_grad():
+        next(model.classifier.parameters()).fill_(torch.nan)
+    for player in objective.turns(0)[:2]:
+        assert torch.isnan(objective.loss(player, {"x": torch.rand(4, 64)})[0])
 
 
 def test_draws_follow_the_responsibilities():
@@ -555,6 +570,9 @@ def test_a_trained_model_is_whole():
 def test_drawn_gaussians_leave_no_weights_to_learn_by():
     with pytest.raises(UserError, match="classifier_adversarial=false"):
         load_recipe("mnist-responsibility", ["model.generated=drawn", "model.classifier_adversarial=true"])
+    independent = ["model.generated=drawn", "model.pairs=independent", "model.agreement=information"]
+    with pytest.raises(UserError, match="set augmented, nearest or null"):
+        load_recipe("mnist-responsibility", independent)
 
 
 def test_invariance_needs_pairs_that_belong_together():

@@ -62,6 +62,9 @@ class AdversarialSettings(Settings):
     gradient_penalty: float | None = Field(
         None, gt=0, description="weight of (|∇f| - 1)² between samples and data; null: none"
     )
+    real_penalty: float | None = Field(
+        None, gt=0, description="weight of |∇f|² / 2 at the data (R1), of one critic; null: none"
+    )
     likelihood_weight: float = Field(
         0.0, ge=0, description="weight of the log-likelihood (nats per sample) in the generator's loss; densities only"
     )
@@ -83,6 +86,10 @@ class AdversarialSettings(Settings):
         penalised, clipped = self.gradient_penalty is not None, self.critic.weight_clip is not None
         if penalised and clipped:
             raise ValueError("set gradient_penalty or critic.weight_clip, not both")
+        if self.real_penalty is not None and (penalised or clipped or self.assignment != "single"):
+            raise ValueError(
+                "real_penalty is of one critic: set assignment=single, and leave gradient_penalty and weight_clip out"
+            )
         if self.loss == "wasserstein" and not (penalised or clipped):
             raise ValueError(
                 "a wasserstein critic must be bounded: set gradient_penalty (10 in WGAN-GP) or critic.weight_clip "
@@ -102,10 +109,11 @@ class AdversarialSettings(Settings):
     def check_training(self, training: TrainingSettings, lanes: int) -> None:
         """Refuses what cannot work; see `FamilySettings.check_training`."""
         check_shares(training, lanes, self.critic_steps, "adversarial")
+        penalty = next((name for name in ("gradient_penalty", "real_penalty") if getattr(self, name) is not None), None)
         refuse_zero_3(
             training,
-            "gradient_penalty, which is differentiated twice: ZeRO-3 has let go of the weights by then"
-            if self.gradient_penalty is not None
+            f"{penalty}, which is differentiated twice: ZeRO-3 has let go of the weights by then"
+            if penalty
             else "adversarial, in which each network is asked in the other's turn: ZeRO-3 then holds it in parts",
         )
 
@@ -138,6 +146,7 @@ class AdversarialSettings(Settings):
             loss=self.loss,
             critic_steps=self.critic_steps,
             gradient_penalty=self.gradient_penalty,
+            real_penalty=self.real_penalty,
             likelihood=likelihood,
             likelihood_weight=self.likelihood_weight,
             pretrain_steps=pretrain_steps,

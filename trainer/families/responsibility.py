@@ -65,7 +65,12 @@ class ResponsibilitySettings(FamilySettings):
     classifier_adversarial: bool = Field(True, description="whether the classifier moves by eq. 6, too")
     label_steps: int = Field(0, ge=0, description="first steps, with the cross-entropy to the Gaussians' numbers")
     classifier_consistency: float = Field(1.0, ge=0, description="weight of eq. 4 in the classifier's loss")
-    generator_consistency: float = Field(0.0, ge=0, description="weight of eq. 4 in the generator's loss")
+    generator_consistency: float = Field(
+        0.0, ge=0, description="weight of eq. 4 in the generator's loss, of whose other part eq. 6 takes a K-th"
+    )
+    real_penalty: float = Field(
+        0.0, ge=0, description="weight of |∇f|² / 2 at the data (R1) in the discriminator's loss"
+    )
     encoder: EncoderSettings = Field(default_factory=lambda: EncoderSettings())
     prior_optimiser: OptimiserSettings = Field(default_factory=_adam)
 
@@ -75,6 +80,11 @@ class ResponsibilitySettings(FamilySettings):
             raise ValueError(
                 "model.agreement=invariance compares an image with a changed one of it: set model.pairs=augmented, or "
                 "model.agreement=information"
+            )
+        if self.generated == "drawn" and self.pairs == "independent":
+            raise ValueError(
+                "model.generated=drawn draws the image beside a real one by what that one is: model.pairs=independent "
+                "cannot be; set augmented, nearest or null"
             )
         return self
 
@@ -159,4 +169,5 @@ class ResponsibilitySettings(FamilySettings):
             label_steps=self.label_steps,
             classifier_consistency=self.classifier_consistency,
             generator_consistency=self.generator_consistency,
+            real_penalty=self.real_penalty,
         )

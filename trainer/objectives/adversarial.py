@@ -32,9 +32,11 @@ class Adversarial:
         wasserstein      E[f(G(z))] - E[f(x)],                       -E[f(G(z))]                 (2.16)
 
     With `gradient_penalty` λ the critic also pays λ E[(|∇f(x̂)| - 1)²] at x̂ = ε x + (1 - ε) G(z), ε uniform in [0, 1]
-    for each pair (2.23). With `likelihood_weight` λ the generator also pays -λ (E[log p(x)] + log p(θ) / N) (2.29,
-    4.10); a mixture's weights learn from that alone, as samples are differentiable in the components only
-    (Algorithm 6). Weight clipping belongs to the critic's optimiser (`make_player`).
+    for each pair (2.23). With `real_penalty` γ one critic alone pays γ/2 E|∇f(x)|² at the data, where it then is flat
+    (R1 of L. Mescheder, A. Geiger, S. Nowozin, Which Training Methods for GANs do actually Converge?, ICML 2018). With
+    `likelihood_weight` λ the generator also pays -λ (E[log p(x)] + log p(θ) / N) (2.29, 4.10); a mixture's weights
+    learn from that alone, as samples are differentiable in the components only (Algorithm 6). Weight clipping belongs
+    to the critic's optimiser (`make_player`).
 
     With one critic per component, f(x) = Σ_c p(c | x) f_c(x), where the posterior is the generator's own and constant
     in every gradient (4.13); its logits may be divided by a `temperature`. "hard" puts it on the likeliest component,
@@ -50,7 +52,8 @@ class Adversarial:
         generator, critic: the players; the critic's network gives [batch, 1], or [batch, T] with assignment.
         likelihood: the generator's, with the same player; None for one that has no density.
         pretrain_steps: first so many steps of `likelihood` alone, of the whole batch.
-        loss, critic_steps, gradient_penalty, likelihood_weight, assignment, temperature, posterior_slope: see above.
+        loss, critic_steps, gradient_penalty, real_penalty, likelihood_weight, assignment, temperature, posterior_slope:
+            see above.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class Adversarial:
         loss: Loss = "wasserstein",
         critic_steps: int = 5,
         gradient_penalty: float | None = None,
+        real_penalty: float | None = None,
         likelihood: MaximumLikelihood | None = None,
         likelihood_weight: float = 0.0,
         pretrain_steps: int = 0,
@@ -70,7 +74,8 @@ class Adversarial:
     ) -> None:
         self.players: dict[str, Player] = {"model": generator, "critic": critic}
         self.networks: dict[str, Callable[..., Any]] = {"model": generator.module, "critic": critic.module}
-        self.kind, self.critic_steps, self.gradient_penalty = loss, critic_steps, gradient_penalty
+        self.kind, self.critic_steps = loss, critic_steps
+        self.gradient_penalty, self.real_penalty = gradient_penalty, real_penalty
         self.likelihood, self.likelihood_weight, self.pretrain_steps = likelihood, likelihood_weight, pretrain_steps
         self.assignment, self.temperature, self.posterior_slope = assignment, temperature, posterior_slope
         if likelihood is not None:
@@ -108,6 +113,10 @@ class Adversarial:
             # The bare network: DeepSpeed's wrapper cannot be differentiated twice.
             penalty = gradient_penalty(self.players["critic"].module, points[2], weights[2])
             loss = loss + self.gradient_penalty * penalty
+            scalars["penalty"] = penalty.detach()
+        if self.real_penalty is not None:
+            penalty = real_penalty(self.players["critic"].module, points[0])
+            loss = loss + self.real_penalty * penalty
             scalars["penalty"] = penalty.detach()
         return loss, scalars
 
@@ -199,6 +208,13 @@ def gradient_penalty(critic: nn.Module, x: Tensor, weights: CriticWeights | None
     x = x.detach().requires_grad_()
     (gradient,) = torch.autograd.grad(_mixed(critic(x), weights, x).sum(), x, create_graph=True)
     return (torch.linalg.vector_norm(gradient, dim=1) - 1).square().mean()
+
+
+def real_penalty(critic: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Half the mean over samples x [batch, d] of |∇f(x)|², differentiable in the parameters of f (R1; see above)."""
+    x = x.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
+    return gradient.square().sum(1).mean() / 2
 
 
 def mini_batch(x: Tensor, number: int, count: int) -> Tensor:

@@ -23,7 +23,7 @@ class ImageTranslation:
     x is an image and y = μ + A E[z | x] its reconstruction by the most probable component of the model's mixture. With
     f = logit D, s the softplus, means over images and patches, and pixels in [-1, 1] for the L1 term as in the paper:
 
-        D    (E[s(-f(y, x))] + E[s(f(y, U(y)))]) / 2             half the rate of the generator, as in §3.3
+        D    (E[s(-f(y, x))] + E[s(f(y, U(y)))]) / 2             halved as in §3.3, which Adam does not feel
         U    E[s(-f(y, U(y)))] + λ E|x - U(y)|₁
 
     Args:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from trainer.models.gan import Generator, halvings
 from trainer.objectives import Batch, Player
+from trainer.objectives.adversarial import real_penalty
 from trainer.objectives.transport import squared_distances
 
 Loss = Literal["minimax", "non-saturating"]
@@ -58,9 +59,10 @@ class ResponsibilityLearning:
     - I is the mutual information, in nats, of the K x K joint distribution of two assignments: the mean over all pairs
       of the outer products of their probabilities. It is maximised. The sum over k of eqs. 4 and 5 stands inside, as
       part of that mean: for one k alone p(· | z_k) is all but constant, and constants share no information.
-    - Eq. 5 of real images and images generated independently of them has an expectation of zero, whatever C is
-      (`pairs` "independent", the letter). A pair that belongs together is an image and a random affine map of it, for
-      vectors noise on it ("augmented"); or a real and the "nearest" generated image of the worker's share of the batch.
+    - Eq. 5 of real images and images generated independently of them is zero in the limit of large batches, whatever
+      C is (`pairs` "independent", the letter); of a batch it is a little above, and most where C is certain. A pair
+      that belongs together is an image and a random affine map of it, for vectors noise on it ("augmented"); or a real
+      and the "nearest" generated image of the worker's share of the batch.
     - In eq. 6 the weights are constant in the gradients of D and G. C then moves by them alone: it shifts weight to
       the Gaussian whose images D takes for real, of any x_i alike, as x̂_i^k does not depend on x_i.
     - "Update both" is a simultaneous update: its players' gradients are of one point, though they move one by one. G's
@@ -77,12 +79,16 @@ class ResponsibilityLearning:
     - `label_steps`: in so many first steps -log C(x̂_i^k)_k is added to eq. 4.
     - `classifier_consistency` λ: C takes λ times its loss of eq. 4, so that it leads G rather than follow it: where G
       draws one digit from two Gaussians, eq. 4 asks C to tell them apart.
-    - `generator_consistency` λ: G also pays λ times that loss of eq. 4 (as in InfoGAN; Chen et al. 2016).
+    - `generator_consistency` λ: G also pays λ times that loss of eq. 4 (as in InfoGAN; Chen et al. 2016). Beside the
+      adversarial loss, of which eq. 6 takes a K-th, that is a weight of λ K.
+    - `real_penalty` γ: D also pays γ/2 E|∇f(x_i)|², here a K-th of it, as of eq. 6 (R1; see `real_penalty`). Without it
+      the images of a Gaussian soon differ hardly. Of a shared encoder it is taken where that has moved.
     - `loss` "non-saturating": G pays (1/K) E_i Σ_k w_ik s(-f(x̂_i^k)).
     - `classifier_adversarial` false: C does not move by eq. 6.
     - a prior of unit deviations (`LatentPrior`).
-    - `generated` "drawn": one image x̂_i^k of each x_i, whose k is drawn by the weights w_i, in place of all K. The
-      losses of D and G keep their expectation and cost a K-th; eq. 4 is of the drawn ones.
+    - `generated` "drawn": one image x̂_i^k of each x_i, whose k is drawn by the weights w_i, in place of all K. Eq. 6
+      keeps its expectation, and G costs a K-th. Eq. 4 is of the drawn ones: of Gaussians as C weighs them, not of all
+      alike, and a Gaussian without weight is not in it.
 
     Joint distributions are of the batch of all workers together, so that N workers have the gradients of one; but for
     "nearest".
@@ -91,7 +97,8 @@ class ResponsibilityLearning:
         players: `model` (a `Decoder`), `prior`, `classifier`, `discriminator` and, where the two share one, `encoder`,
             which moves with either.
         loss, pairs, agreement, generated, uniform_share, classifier_adversarial, label_steps, classifier_consistency,
-            generator_consistency: see above; without `pairs` eq. 5 is left out; with "drawn" C cannot move by eq. 6.
+            generator_consistency, real_penalty: see above; without `pairs` eq. 5 is left out; with "drawn" C cannot
+            move by eq. 6.
     """
 
     def __init__(
@@ -107,6 +114,7 @@ class ResponsibilityLearning:
         label_steps: int = 0,
         classifier_consistency: float = 1.0,
         generator_consistency: float = 0.0,
+        real_penalty: float = 0.0,
     ) -> None:
         self.players = players
         self.networks: dict[str, Callable[..., Any]] = {name: player.module for name, player in players.items()}
@@ -114,6 +122,7 @@ class ResponsibilityLearning:
         self.generated = generated
         self.classifier_adversarial, self.label_steps = classifier_adversarial, label_steps
         self.classifier_consistency, self.generator_consistency = classifier_consistency, generator_consistency
+        self.real_penalty = real_penalty
         self.shares_encoder = "encoder" in players
         self._labels = label_steps > 0
         self._plan: list[tuple[str, str]] = []
@@ -154,7 +163,14 @@ class ResponsibilityLearning:
         share = self._of_step("responsibilities", x).mean(0)
         loss = -adversarial_loss(of_real, of_fake, weights, len(share))
         # How many Gaussians the data is assigned to: the exponential of the entropy of their shares.
-        return loss, {"gaussians": torch.special.entr(share).sum().exp()}
+        scalars = {"gaussians": torch.special.entr(share).sum().exp()}
+        if self.real_penalty:
+            # The bare networks: DeepSpeed's wrapper cannot be differentiated twice.
+            names = ("encoder", "discriminator") if self.shares_encoder else ("discriminator",)
+            penalty = real_penalty(nn.Sequential(*(self.players[name].module for name in names)), x)
+            loss = loss + self.real_penalty * penalty / len(share)
+            scalars["penalty"] = penalty.detach()
+        return loss, scalars
 
     def _generator(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         weights, z = self._of_step("weights", x), self._of_step("z", x)
@@ -240,7 +256,7 @@ class ResponsibilityLearning:
             responsibilities = self._mixed(self._ask("classifier", "model", x).softmax(1))
             if self.generated == "drawn":
                 component = self._drawn(responsibilities)
-                weights = torch.ones_like(responsibilities[:, :1])
+                weights = torch.ones_like(responsibilities[:, :1]) + 0 * responsibilities.sum(1, keepdim=True)
             else:
                 component = torch.arange(responsibilities.shape[1], device=x.device).expand(len(x), -1)
                 weights = responsibilities
@@ -260,7 +276,8 @@ class ResponsibilityLearning:
         return torch.randn(n, n_components, n_latent)
 
     def _drawn(self, responsibilities: Tensor) -> Tensor:
-        return torch.multinomial(responsibilities, 1)
+        # What is not finite is drawn from all alike: the loss is then not finite, of which the loop tells all workers.
+        return torch.multinomial(responsibilities.nan_to_num(1.0), 1)
 
     def _augmented(self, x: Tensor) -> Tensor:
         generator: Any = self.players["model"].module.generator
