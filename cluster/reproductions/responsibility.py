@@ -105,10 +105,10 @@ class ResponsibilityMNIST(_OfDigits):
         "information over the mean entropy, and purity; a cluster in use has a tenth of an equal share or more. "
         "K-means (K=10, pixels of 20,000 training images, three starts) is another fit for each seed. Purity of "
         "samples: 200 of each Gaussian, by this project's classifier of digits, whose features the Fréchet distance "
-        "and whose predictions the Inception score are of (10,000 samples); digits that Gaussians draw: how many are the "
-        "most frequent of one. NDB by p < 0.05 over 100 K-means bins. C of the first rows has also seen images turned, "
-        "sheared and shifted, which K-means and MFA have not. Steps have 64 images; to the letter 24, with ten generated "
-        "ones each. Gaussians are drawn alike, though training weighs them by C."
+        "and whose predictions the Inception score are of (10,000 samples); digits that Gaussians draw: how many are "
+        "the most frequent of one. NDB by p < 0.05 over 100 K-means bins. C of the first rows has also seen images "
+        "turned, sheared and shifted, which K-means and MFA have not. Steps have 64 images; to the letter 24, with ten "
+        "generated ones each. Gaussians are drawn alike, though training weighs them by C."
     )
 
     def prepare(self, out: str, packs: Mapping[str, Manifest], notice: Callable[[str], None]) -> None:
@@ -193,8 +193,8 @@ class ResponsibilityImbalance(_OfDigits):
     )
     note: ClassVar[str] = (
         "Gaussians are drawn alike, though the responsibility GAN's training weighs them by C, which seeks clusters of "
-        f"one size. Training images: all {_MNIST_TRAINING[_WHOLE]:,} of digit {_WHOLE} and about {_OTHERS:,} of the other nine "
-        "together, 1.6% of all for each. Shares of the digits among 10,000 samples, by this project's classifier, "
+        f"one size. Training images: all {_MNIST_TRAINING[_WHOLE]:,} of digit {_WHOLE} and about {_OTHERS:,} of the "
+        "other nine together, 1.6% of all for each. Shares of the digits among 10,000 samples, by this project's classifier, "
         "which learnt all of MNIST; a digit is missing below a fifth of its share in the training images. NDB by "
         "p < 0.05 over 100 K-means bins of the imbalanced training images."
     )
@@ -225,9 +225,8 @@ class ResponsibilityCompression(_OfDigits):
         Column("ndb", "NDB of 100", 0),
     )
     note: ClassVar[str] = (
-        "Parameters of generator and prior, which is what draws; discriminators are of one size, and the responsibility "
-        "GAN has a classifier beside. 10,000 samples; "
-        "Fréchet distance of the features of this project's classifier of digits to those of the test images."
+        "Parameters of generator and prior, which is what draws; discriminators are of one size, and the "
+        "responsibility GAN has a classifier beside. 10,000 samples; Fréchet distance of the features of this project's classifier of digits to those of the test images."
     )
 
     def measure(self, trained: Trained) -> dict[str, float]:
