@@ -194,8 +194,8 @@ class ResponsibilityImbalance(_OfDigits):
     note: ClassVar[str] = (
         "Gaussians are drawn alike, though the responsibility GAN's training weighs them by C, which seeks clusters of "
         f"one size. Training images: all {_MNIST_TRAINING[_WHOLE]:,} of digit {_WHOLE} and about {_OTHERS:,} of the "
-        "other nine together, 1.6% of all for each. Shares of the digits among 10,000 samples, by this project's classifier, "
-        "which learnt all of MNIST; a digit is missing below a fifth of its share in the training images. NDB by "
+        "other nine together, 1.6% of all for each. Shares of the digits among 10,000 samples, by this project's "
+        "classifier, which learnt all of MNIST; a digit is missing below a fifth of its share in the training images. NDB by "
         "p < 0.05 over 100 K-means bins of the imbalanced training images."
     )
 
@@ -226,7 +226,8 @@ class ResponsibilityCompression(_OfDigits):
     )
     note: ClassVar[str] = (
         "Parameters of generator and prior, which is what draws; discriminators are of one size, and the "
-        "responsibility GAN has a classifier beside. 10,000 samples; Fréchet distance of the features of this project's classifier of digits to those of the test images."
+        "responsibility GAN has a classifier beside. 10,000 samples; Fréchet distance of the features of "
+        "this project's classifier of digits to those of the test images."
     )
 
     def measure(self, trained: Trained) -> dict[str, float]:
