@@ -195,8 +195,8 @@ class ResponsibilityImbalance(_OfDigits):
         "Gaussians are drawn alike, though the responsibility GAN's training weighs them by C, which seeks clusters of "
         f"one size. Training images: all {_MNIST_TRAINING[_WHOLE]:,} of digit {_WHOLE} and about {_OTHERS:,} of the "
         "other nine together, 1.6% of all for each. Shares of the digits among 10,000 samples, by this project's "
-        "classifier, which learnt all of MNIST; a digit is missing below a fifth of its share in the training images. NDB by "
-        "p < 0.05 over 100 K-means bins of the imbalanced training images."
+        "classifier, which learnt all of MNIST; a digit is missing below a fifth of its share in the training images. "
+        "NDB by p < 0.05 over 100 K-means bins of the imbalanced training images."
     )
 
     def follow(self, trained: Trained) -> dict[str, float]:
