@@ -279,7 +279,11 @@ def traverse(
 def _factors(
     model: LocalModel, component: int | None, factors: tuple[int, int], frames: int, seed: int
 ) -> dict[str, bytes]:
-    model.require("component_log_prob")
+    if not hasattr(model.model, "factor_loadings"):
+        raise UserError(
+            f"the model of {model.data['name']} is of the family {model.document['family']}: give a mixture of factor "
+            "analysers, or a generator with a latent mixture"
+        )
     mixture, shape = model.model, tuple(model.data["shape"])
     means = mixture.means.detach().numpy().reshape(-1, *shape)
     loadings = mixture.factor_loadings.detach().numpy().reshape(len(means), *shape, -1)

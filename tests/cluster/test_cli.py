@@ -359,6 +359,16 @@ def test_traverse_shows_gaussians_and_what_lies_between_them(call, latent_model)
     refuses(call("traverse", place, "--out", "p", "--factors", 0, 1), "without factors")
 
 
+def test_what_a_flow_has_no_pictures_or_components_of_is_refused(call, tmp_path, manifest_for):
+    from trainer.checkpoint import save_model
+    from trainer.models.flow import Flow
+
+    flow = Flow((2,), n_components=2, n_couplings=2, width=4)
+    save_model(str(tmp_path / "flow" / "model"), flow, "flow", manifest_for((2,)), dequantised=False)
+    refuses(call("traverse", "flow", "--out", "p"), "family flow", "factor analysers")
+    refuses(call("sample", "flow", "--component", 1, "--out", "x.npy"), "family flow")
+
+
 def test_samples_of_one_component(call, latent_model, small_model):
     place, model = latent_model
     assert call("sample", place, "-n", 5, "--component", 2, "--out", "x.npy")[0] == 0
