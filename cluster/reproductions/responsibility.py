@@ -218,7 +218,7 @@ class ResponsibilityCompression(_OfDigits):
         )
     )
     columns: ClassVar[tuple[Column, ...]] = (
-        Column("parameters", "parameters that draw", 0),
+        Column("thousands", "thousand parameters that draw", 1),
         Column("frechet", "Fréchet distance", 2),
         Column("inception_score", "Inception score", 2),
         Column("mode_score", "MODE score", 2),
@@ -231,7 +231,8 @@ class ResponsibilityCompression(_OfDigits):
     )
 
     def measure(self, trained: Trained) -> dict[str, float]:
-        return {**super().measure(trained), "parameters": float(_parameters(trained.model))}
+        parameters = float(_parameters(trained.model))
+        return {**super().measure(trained), "parameters": parameters, "thousands": parameters / 1000}
 
     def figures(self, outcomes: Outcomes) -> list[ReportFigure]:
         points: dict[str, list[tuple[float, Sequence[float]]]] = {}
