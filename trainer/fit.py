@@ -18,7 +18,7 @@ from trainer.engines import State, broadcast_module, make_engine
 from trainer.loop import Callbacks, LogEntry, train
 from trainer.objectives import Objective
 from trainer.objectives.likelihood import MaximumLikelihood
-from trainer.players import make_player
+from trainer.players import AVERAGE, make_player
 from trainer.settings import TRAIN_SPLIT, TrainingSettings
 
 _PREVIOUS = "em.objective"
@@ -168,7 +168,7 @@ class Fit:
 
 
 def trained_tensors(state: State) -> State:
-    """The model's tensors in a training state, by their names in the model.
+    """The model's tensors in a training state, by their names in the model; averages where the optimiser keeps them.
 
     The player `model` is the model; the tensors of another player, such as a critic, have its name before them.
     """
@@ -176,5 +176,6 @@ def trained_tensors(state: State) -> State:
     for key, value in state.items():
         player, sign, name = key.partition(".module.")
         if sign and "." not in player:
-            found[name if player == "model" else f"{player}.{name}"] = value
+            average = state.get(f"{player}.optimiser.{name}.{AVERAGE}", value)
+            found[name if player == "model" else f"{player}.{name}"] = average
     return found

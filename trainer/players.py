@@ -12,13 +12,17 @@ from torch import nn
 from trainer.objectives import Player
 from trainer.settings import OptimiserSettings
 
+# Moments of an optimiser: the running average of a parameter, and how many updates it is of.
+AVERAGE, _AVERAGED = "average", "averaged"
+
 
 def make_player(
     module: nn.Module, settings: OptimiserSettings, steps: int, *, weight_clip: float | None = None
 ) -> Player:
     """A player whose learning rate follows the settings' schedule over `steps` steps.
 
-    With `weight_clip` c every update ends with all parameters held within [-c, c].
+    With `weight_clip` c every update ends with all parameters held within [-c, c]. With `settings.average` the
+    optimiser keeps an average of each parameter among its moments (`AVERAGE`).
 
     Only element-wise update rules are offered: ZeRO flattens parameters, which others would not notice.
     """
@@ -34,6 +38,8 @@ def make_player(
         optimiser = torch.optim.SGD(parameters, s.learning_rate, momentum=s.beta1)
     if weight_clip is not None:
         optimiser.register_step_post_hook(_clip(weight_clip))
+    if s.average:
+        optimiser.register_step_post_hook(_average(s.average))
     return Player(module, optimiser, learning_rate_schedule(s, steps), s.gradient_clip)
 
 
@@ -45,6 +51,28 @@ def _clip(bound: float) -> Callable[..., None]:
         for group in optimiser.param_groups:
             for parameter in group["params"]:
                 parameter.clamp_(-bound, bound)
+
+    return hook
+
+
+def _average(decay: float) -> Callable[..., None]:
+    """A hook that moves each parameter's average by 1 - decay of the way; by more in the first steps.
+
+    After t updates the decay is at most (1 + t) / (10 + t): the start is forgotten.
+    """
+
+    @torch.no_grad()
+    def hook(optimiser: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        for group in optimiser.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue  # it did not move; and Adam takes a state that is not empty for its own
+                state = optimiser.state[parameter]
+                if AVERAGE not in state:
+                    state[AVERAGE], state[_AVERAGED] = parameter.detach().clone(), torch.zeros(())
+                updates = float(state[_AVERAGED])
+                state[AVERAGE].lerp_(parameter, 1 - min(decay, (1 + updates) / (10 + updates)))
+                state[_AVERAGED] += 1
 
     return hook
 

@@ -106,6 +106,12 @@ class OptimiserSettings(Settings):
     schedule: Literal["constant", "cosine"] = Field("constant", description="learning rate after the warm-up")
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
     gradient_clip: float | None = Field(None, gt=0, description="largest gradient norm; null never clips")
+    average: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="decay of a running average of the weights, which the trained model has; 0: the last",
+    )
 
 
 class EMSettings(Settings):

@@ -27,7 +27,9 @@ def settings_for(engine, optimiser="adam", clip=None, steps=STEPS):
         engine="ddp" if engine == "ddp" else "deepspeed",
         zero_stage=0 if engine == "ddp" else int(engine[-1]),
         checkpoint_every=8,
-        optimiser=OptimiserSettings(name=optimiser, learning_rate=1e-3, schedule="cosine", gradient_clip=clip),
+        optimiser=OptimiserSettings(
+            name=optimiser, learning_rate=1e-3, schedule="cosine", gradient_clip=clip, average=0.9
+        ),
     )
 
 
