@@ -19,6 +19,7 @@ from eval.figures import sample_grid
 from eval.metrics.clustering import agreement, contingency
 from eval.report import ReportFigure
 from trainer.models.latent_mixture import LatentMixture
+from trainer.models.responsibility import ResponsibilityGAN
 from trainer.settings import TEST_SPLIT, TRAIN_SPLIT
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ class ResponsibilityMNIST(_OfDigits):
         Column("sample_purity", "purity of Gaussians' samples", 3),
         Column("least_sample_purity", "least of one Gaussian", 3),
         Column("drawn_digits", "digits that Gaussians draw", 1),
+        Column("told", "samples that C gives to their Gaussian", 3),
         Column("frechet", "Fréchet distance", 2),
         Column("inception_score", "Inception score", 2),
         Column("ndb", "NDB of 100", 0),
@@ -108,7 +110,8 @@ class ResponsibilityMNIST(_OfDigits):
         "and whose predictions the Inception score are of (10,000 samples); digits that Gaussians draw: how many are "
         "the most frequent of one. NDB by p < 0.05 over 100 K-means bins. C of the first rows has also seen images "
         "turned, sheared and shifted, which K-means and MFA have not. Steps have 64 images; to the letter 24, with ten "
-        "generated ones each. Gaussians are drawn alike, though training weighs them by C."
+        "generated ones each. Gaussians are drawn by the shares that C gave them. Weights of generators are running "
+        "averages, but for the letter."
     )
 
     def prepare(self, out: str, packs: Mapping[str, Manifest], notice: Callable[[str], None]) -> None:
@@ -136,13 +139,17 @@ class ResponsibilityMNIST(_OfDigits):
             found |= {f"kmeans_{key}": value for key, value in of_kmeans.items()}
         if isinstance(model, LatentMixture):
             classifier = digits.open_digit_classifier(trained.out)
-            purities, most = [], set()
+            purities, told, most = [], [], set()
             for k in range(model.n_components):
-                x = model.sample(_OF_EACH, torch.Generator().manual_seed(trained.seed), component=k).numpy()
-                seen = digits.predicted_digits(classifier, x.reshape(-1, *trained.manifest.shape))
+                x = model.sample(_OF_EACH, torch.Generator().manual_seed(trained.seed), component=k)
+                seen = digits.predicted_digits(classifier, x.numpy().reshape(-1, *trained.manifest.shape))
                 purities.append(float(np.bincount(seen).max() / len(seen)))
                 most.add(int(np.bincount(seen).argmax()))
+                if isinstance(model, ResponsibilityGAN):
+                    told.append(float((model.responsibilities(x).argmax(1) == k).float().mean()))
             found |= {"sample_purity": float(np.mean(purities)), "least_sample_purity": min(purities)}
+            if told:
+                found["told"] = float(np.mean(told))
             found["drawn_digits"] = float(len(most))
         return found
 
@@ -173,6 +180,10 @@ def _ratios() -> str:
     return f"data.options={json.dumps({'class_ratios': kept})}"
 
 
+# A GAN as it was before R1 and averaged weights.
+_BARE = ("model.adversarial.real_penalty=null", "training.optimiser.average=0")
+
+
 class ResponsibilityImbalance(_OfDigits):
     """One digit whole, a thousand images of the others: which of them vanish."""
 
@@ -183,6 +194,8 @@ class ResponsibilityImbalance(_OfDigits):
         Member("Gaussian mixture, no C", "mnist-latent-mixture", (_ratios(),)),
         Member("DeLiGAN", "mnist-deligan", (_ratios(),)),
         Member("responsibility GAN", "mnist-responsibility", (_ratios(),)),
+        Member("Gaussian (DCGAN), bare", "mnist-gan", (_ratios(), *_BARE)),
+        Member("Gaussian mixture, no C, bare", "mnist-latent-mixture", (_ratios(), *_BARE)),
     )
     columns: ClassVar[tuple[Column, ...]] = (
         Column("missing_digits", "digits missing", 1),
@@ -192,9 +205,10 @@ class ResponsibilityImbalance(_OfDigits):
         *(Column(f"digit_{digit}", f"{digit}", 4) for digit in range(digits.N_CLASSES)),
     )
     note: ClassVar[str] = (
-        "Gaussians are drawn alike, though the responsibility GAN's training weighs them by C, which seeks clusters of "
-        f"one size. Training images: all {_MNIST_TRAINING[_WHOLE]:,} of digit {_WHOLE} and about {_OTHERS:,} of the "
-        "other nine together, 1.6% of all for each. Shares of the digits among 10,000 samples, by this project's "
+        "Bare: without R1 and averaged weights, which the others have. The responsibility GAN draws its Gaussians by "
+        "the shares that C gave them, others all alike. Training images: all "
+        f"{_MNIST_TRAINING[_WHOLE]:,} of digit {_WHOLE} and about {_OTHERS:,} of the other nine together, 1.6% of all "
+        "for each. Shares of the digits among 10,000 samples, by this project's "
         "classifier, which learnt all of MNIST; a digit is missing below a fifth of its share in the training images. "
         "NDB by p < 0.05 over 100 K-means bins of the imbalanced training images."
     )

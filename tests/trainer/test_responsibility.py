@@ -62,9 +62,11 @@ def model_for(shape=(8, 8), k=3, *, shared=False, prior="learnt", n_latent=4):
     )
 
 
-def objective_for(model, kind=ResponsibilityLearning, optimiser=None, steps=10, **options):
+def objective_for(model, kind=ResponsibilityLearning, optimiser=None, steps=10, heads=1, **options):
     optimiser = optimiser or OptimiserSettings(name="sgd", learning_rate=0.1, beta1=0.0)
-    discriminator = nn.Linear(model.encoder.n_outputs, 1) if model.shared else Critic(model.shape, 1, 6, 1, 1, 4)
+    discriminator = (
+        nn.Linear(model.encoder.n_outputs, heads) if model.shared else Critic(model.shape, heads, 6, 1, 1, 4)
+    )
     modules = {
         "model": Decoder(model.generator),
         "prior": model.prior,
@@ -226,11 +228,13 @@ def all_losses(model, discriminator, x, share=0.0):
     posterior = normal.log_prob(z.unsqueeze(2)).sum(-1).softmax(2)  # [M, K of the draw, K]
     fake = torch.stack([model.decode(z[:, j]) for j in range(k)], 1)
 
-    def judged(y):
-        return discriminator(model.encoder(y)).squeeze(1)
+    def judged(y, j):
+        values = discriminator(model.encoder(y))
+        return values[:, 0] if values.shape[1] == 1 else values[:, 0] + values[:, 1 + j]
 
-    w, of_x = (1 - share) * model.responsibilities(x) + share / k, judged(x)
-    of_fake = torch.stack([judged(fake[:, j]) for j in range(k)], 1)
+    w = (1 - share) * model.responsibilities(x) + share / k
+    of_x = torch.stack([judged(x, j) for j in range(k)], 1)
+    of_fake = torch.stack([judged(fake[:, j], j) for j in range(k)], 1)
     ours = torch.stack([model.responsibilities(fake[:, j]) for j in range(k)], 1)
 
     def information(joint):
@@ -238,7 +242,7 @@ def all_losses(model, discriminator, x, share=0.0):
         return (joint * (joint / product).log()).sum()
 
     m = len(x)
-    bracket = of_x.sigmoid().log()[:, None] + (1 - of_fake.sigmoid()).log()
+    bracket = of_x.sigmoid().log() + (1 - of_fake.sigmoid()).log()
     return {
         "bracket": bracket,
         "weights": w,
@@ -255,13 +259,14 @@ def gradients(value, module):
     return [torch.zeros_like(p) if g is None else g for p, g in zip(module.parameters(), found)]
 
 
+@pytest.mark.parametrize("heads", [1, 4])
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("options", [LETTER, {**WORKING, "pairs": "independent", "classifier_adversarial": True}])
-def test_every_turn_has_the_gradient_of_its_own_loss(shared, options):
+def test_every_turn_has_the_gradient_of_its_own_loss(shared, options, heads):
     """At rates of zero nobody moves: each turn's gradient is that of the losses written out, at one point."""
     torch.manual_seed(1)
     model = model_for(shared=shared)
-    objective = objective_for(model, Fixed, **options)
+    objective = objective_for(model, Fixed, heads=heads, **options)
     engine = make_engine(TrainingSettings(batch_size=5))
     engine.attach(objective)
     x = torch.rand(5, 64)
@@ -279,7 +284,10 @@ def test_every_turn_has_the_gradient_of_its_own_loss(shared, options):
     for_d = -(all_of["weights"].detach() * all_of["bracket"]).sum() / (5 * k)
     if options:
         at = x.clone().requires_grad_()
-        (slope,) = torch.autograd.grad(discriminator(model.encoder(at)).sum(), at, create_graph=True)
+        values = discriminator(model.encoder(at))
+        if heads > 1:
+            values = all_of["weights"].detach() * (values[:, :1] + values[:, 1:])
+        (slope,) = torch.autograd.grad(values.sum(), at, create_graph=True)
         for_d = for_d + options["real_penalty"] / 2 * slope.square().sum() / (5 * k)
     for_c = (all_of["weights"] * all_of["bracket"].detach()).sum() / (5 * k)
     for_both = -all_of["consistency"] + (all_of["labels"] if options else 0)
@@ -315,12 +323,13 @@ class OneNoise(ResponsibilityLearning):
         return torch.tensor(self.chosen)[:, None]
 
 
-def test_drawn_gaussians_have_the_losses_of_all_in_expectation():
+@pytest.mark.parametrize("heads", [1, 4])
+def test_drawn_gaussians_have_the_losses_of_all_in_expectation(heads):
     """Losses and gradients of D and G, over the nine draws of three Gaussians for two samples, by probability."""
     torch.manual_seed(1)
     model, x = model_for(), torch.rand(2, 64)
     options = {"loss": "non-saturating", "pairs": None, "uniform_share": 0.1, "classifier_adversarial": False}
-    objective = objective_for(model, OneNoise, **options)
+    objective = objective_for(model, OneNoise, heads=heads, **options)
     players = ("discriminator", "model")
     modules = [objective.players[player].module for player in players]
     expected = [objective.loss(player, {"x": x})[0] for player in players]
@@ -470,6 +479,7 @@ RUNS = {
     "invariance": ({**WORKING, "agreement": "invariance"}, False),
     "drawn": ({**WORKING, "agreement": "invariance", "generated": "drawn"}, False),
     "invariance, shared": ({**WORKING, "agreement": "invariance"}, True),
+    "each": ({**WORKING, "agreement": "invariance", "generated": "drawn", "heads": 4}, False),
 }
 
 
@@ -554,6 +564,30 @@ def test_two_workers_equal_one(by_rank, digits_pack, monkeypatch, name):
 @pytest.mark.parametrize("run", ["zero-2", "zero-2 resumed"])
 def test_deepspeed_equals_ddp(by_rank, run):
     assert difference(by_rank[0]["working, shared/ddp"], by_rank[0][f"working, shared/{run}"]) < 1e-5
+
+
+def test_shares_are_those_of_the_weights():
+    """They move once in a step, towards the mean responsibilities, and samples are drawn by them."""
+    torch.manual_seed(0)
+    model, x = model_for(), torch.rand(6, 64)
+    objective = objective_for(model, pairs=None, classifier_adversarial=False, uniform_share=0.4)
+    engine = make_engine(TrainingSettings(batch_size=6))
+    engine.attach(objective)
+    nn.init.constant_(model.classifier.heads[0].bias, 0)
+    model.classifier.heads[0].bias.data[0] += 3
+    expected, due = torch.full((3,), 1 / 3), 0.6 * model.responsibilities(x).mean(0).detach() + 0.4 / 3
+    for step in range(3):
+        for player in objective.turns(step):
+            engine.set_turn(player)
+            engine.step(player, objective.loss(player, {"x": x})[0], 0.0)
+        expected = expected.lerp(due, 0.005)
+        objective.loss("prior", {"x": x})  # out of turn, as when a checkpoint is read
+    assert torch.allclose(model.prior.shares, expected, atol=1e-6)
+    model.prior.shares.copy_(torch.tensor([0.0, 0.75, 0.25]))
+    component, _ = model._draw(20_000, torch.Generator().manual_seed(0))
+    # Five standard deviations: a false alarm in 2 of a million seeds, and the seed is fixed.
+    assert abs((component == 1).double().mean().item() - 0.75) < 5 * (0.75 * 0.25 / 20_000) ** 0.5
+    assert not (component == 0).any()
 
 
 def test_a_trained_model_is_whole():

@@ -68,6 +68,9 @@ class ResponsibilitySettings(FamilySettings):
     generator_consistency: float = Field(
         0.0, ge=0, description="weight of eq. 4 in the generator's loss, of whose other part eq. 6 takes a K-th"
     )
+    discriminators: Literal["one", "each"] = Field(
+        "one", description="one for all Gaussians, or one for each: a common value, and what each adds to it"
+    )
     real_penalty: float = Field(
         0.0, ge=0, description="weight of |∇f|² / 2 at the data (R1) in the discriminator's loss"
     )
@@ -144,11 +147,12 @@ class ResponsibilitySettings(FamilySettings):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(training.seed + _DISCRIMINATOR_SEED)
             discriminator: nn.Module
+            heads = 1 + self.n_components if self.discriminators == "each" else 1
             if encoder.shared:
-                discriminator = nn.Linear(model.encoder.n_outputs, 1)
+                discriminator = nn.Linear(model.encoder.n_outputs, heads)
             else:
                 layers = encoder.n_layers
-                discriminator = Critic(manifest.shape, 1, encoder.n_hidden, layers, layers, encoder.width)
+                discriminator = Critic(manifest.shape, heads, encoder.n_hidden, layers, layers, encoder.width)
                 discriminator.set_scale(model.offset, model.scale)
         chosen = {
             "model": (Decoder(model.generator), training.optimiser),

@@ -22,9 +22,10 @@ Prior = Literal["learnt", "unit", "fixed"]
 
 
 class LatentPrior(nn.Module):
-    """p(z) = 1/K Σ_k N(z; μ_k, diag σ_k²) in d dimensions.
+    """p(z) = Σ_k π_k N(z; μ_k, diag σ_k²) in d dimensions.
 
-    The means start as draws of N(0, spread² I), the deviations at one.
+    The means start as draws of N(0, spread² I), the deviations at one. The `shares` π are equal, unless a training
+    that weighs the Gaussians by data keeps them.
 
     Args:
         n_components: K.
@@ -38,6 +39,8 @@ class LatentPrior(nn.Module):
         means, logs = spread * torch.randn(n_components, n_latent), torch.zeros(n_components, n_latent)
         self.means: Tensor
         self.log_deviations: Tensor
+        self.shares: Tensor
+        self.register_buffer("shares", torch.full((n_components,), 1 / n_components))
         for name, value, is_learnt in (
             ("means", means, learns != "fixed"),
             ("log_deviations", logs, learns == "learnt"),
@@ -66,7 +69,7 @@ class LatentPrior(nn.Module):
 
 
 class LatentMixture(nn.Module):
-    """x = G(z), z ~ 1/K Σ_k N(μ_k, diag σ_k²), with G a `trainer.models.gan.Generator`.
+    """x = G(z), z ~ Σ_k π_k N(μ_k, diag σ_k²), with G a `trainer.models.gan.Generator`.
 
     Args:
         shape, n_latent, n_hidden, n_layers, width, bounded: of the generator.
@@ -134,7 +137,7 @@ class LatentMixture(nn.Module):
 
     @torch.no_grad()
     def sample(self, n: int, generator: torch.Generator | None = None, *, component: int | None = None) -> Tensor:
-        """Draws n samples [n, n_features], of all Gaussians alike or of one `component`."""
+        """Draws n samples [n, n_features], of all Gaussians by their shares or of one `component`."""
         chosen, noise = self._draw(n, generator)
         if component is not None:
             chosen = torch.full_like(chosen, range(self.n_components)[component])
@@ -149,7 +152,7 @@ class LatentMixture(nn.Module):
     def _draw(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Components [n] and noise [n, n_latent]."""
         device, dtype = self.offset.device, self.offset.dtype
-        component = torch.randint(self.n_components, (n,), generator=generator, device=device)
+        component = torch.multinomial(self.prior.shares, n, replacement=True, generator=generator)
         return component, torch.randn(n, self.n_latent, generator=generator, dtype=dtype, device=device)
 
 

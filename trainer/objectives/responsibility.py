@@ -29,6 +29,8 @@ _TURN, _SHEAR, _GROWTH, _SHIFT = 0.25, 0.15, 0.15, 0.15
 _JITTER = 0.1  # of other samples, in standard deviations
 # Weights in `invariance_loss`: of certainty and balance beside invariance, and of balance beside certainty.
 _CERTAINTY, _BALANCE = 0.1, 4.0
+# Of a batch in the shares of the Gaussians that the prior keeps: those of some 200 batches.
+_NEWS = 0.005
 
 
 class Decoder(nn.Module):
@@ -81,8 +83,14 @@ class ResponsibilityLearning:
       draws one digit from two Gaussians, eq. 4 asks C to tell them apart.
     - `generator_consistency` λ: G also pays λ times that loss of eq. 4 (as in InfoGAN; Chen et al. 2016). Beside the
       adversarial loss, of which eq. 6 takes a K-th, that is a weight of λ K.
-    - `real_penalty` γ: D also pays γ/2 E|∇f(x_i)|², here a K-th of it, as of eq. 6 (R1; see `real_penalty`). Without it
-      the images of a Gaussian soon differ hardly. Of a shared encoder it is taken where that has moved.
+    - `real_penalty` γ: D also pays γ/2 E|∇f(x_i)|², here a K-th of it, as of eq. 6 (R1; see `real_penalty`); of a
+      discriminator for each, of Σ_k w_ik f_k(x_i). Without it the images of a Gaussian soon differ hardly. Of a shared
+      encoder it is taken where that has moved.
+    - a discriminator for each Gaussian: D gives 1 + K values, a common one and what each Gaussian adds to it, and L_a
+      has D(x, k), f_k, in place of D(x), f. The weights of its real part, which else sum to one, then ask f_k about the
+      images that C gives to Gaussian k, and G about all the forms that these have (of pairs of an image and its class:
+      T. Miyato, M. Koyama, cGANs with Projection Discriminator, ICLR 2018). Without it, `generator_consistency` asks of
+      every Gaussian the images that C is surest of, which are much alike.
     - `loss` "non-saturating": G pays (1/K) E_i Σ_k w_ik s(-f(x̂_i^k)).
     - `classifier_adversarial` false: C does not move by eq. 6.
     - a prior of unit deviations (`LatentPrior`).
@@ -90,12 +98,15 @@ class ResponsibilityLearning:
       keeps its expectation, and G costs a K-th. Eq. 4 is of the drawn ones: of Gaussians as C weighs them, not of all
       alike, and a Gaussian without weight is not in it.
 
+    The prior keeps the Gaussians' shares, a running mean of the weights of eq. 6: D sees generated images in these, and
+    so does who draws from the model. Eq. 3 stays as it is.
+
     Joint distributions are of the batch of all workers together, so that N workers have the gradients of one; but for
     "nearest".
 
     Args:
-        players: `model` (a `Decoder`), `prior`, `classifier`, `discriminator` and, where the two share one, `encoder`,
-            which moves with either.
+        players: `model` (a `Decoder`), `prior`, `classifier`, `discriminator` (whose network gives [n, 1], or
+            [n, 1 + K]) and, where the two share one, `encoder`, which moves with either.
         loss, pairs, agreement, generated, uniform_share, classifier_adversarial, label_steps, classifier_consistency,
             generator_consistency, real_penalty: see above; without `pairs` eq. 5 is left out; with "drawn" C cannot
             move by eq. 6.
@@ -146,6 +157,8 @@ class ResponsibilityLearning:
         phase = "consistency" if player in ("prior", "classifier") else "adversarial"
         if self._plan and self._plan[0][1] == player:
             phase = self._plan.pop(0)[0]
+            if player == "prior":
+                self._keep_shares(x)
         else:  # out of turn, where an engine makes its moments
             self._plan, self._kept = [], {}
         if phase == "assignment":
@@ -159,7 +172,7 @@ class ResponsibilityLearning:
     def _discrimination(self, player: str, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         weights, fake = self._of_step("weights", x), self._of_step("fake", x)
         values = self._ask("discriminator", player, torch.cat([x, fake]), "adversarial")
-        of_real, of_fake = values[: len(x)], values[len(x) :].view_as(weights)
+        of_real, of_fake = self._judged(values[: len(x)]), self._judged(values[len(x) :])
         share = self._of_step("responsibilities", x).mean(0)
         loss = -adversarial_loss(of_real, of_fake, weights, len(share))
         # How many Gaussians the data is assigned to: the exponential of the entropy of their shares.
@@ -167,7 +180,8 @@ class ResponsibilityLearning:
         if self.real_penalty:
             # The bare networks: DeepSpeed's wrapper cannot be differentiated twice.
             names = ("encoder", "discriminator") if self.shares_encoder else ("discriminator",)
-            penalty = real_penalty(nn.Sequential(*(self.players[name].module for name in names)), x)
+            judge = nn.Sequential(*(self.players[name].module for name in names))
+            penalty = real_penalty(lambda x: (weights * self._judged(judge(x))).sum(1), x)
             loss = loss + self.real_penalty * penalty / len(share)
             scalars["penalty"] = penalty.detach()
         return loss, scalars
@@ -175,7 +189,7 @@ class ResponsibilityLearning:
     def _generator(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         weights, z = self._of_step("weights", x), self._of_step("z", x)
         fake = self.networks["model"](z.flatten(0, 1))
-        values = self._ask("discriminator", "model", fake).view_as(weights)
+        values = self._judged(self._ask("discriminator", "model", fake))
         paid = F.softplus(-values) if self.kind == "non-saturating" else -F.softplus(values)
         adversarial = (weights * paid).sum(1).mean() / self._of_step("responsibilities", x).shape[1]
         if not self.generator_consistency:
@@ -188,7 +202,8 @@ class ResponsibilityLearning:
         if "of_real" not in self._kept:
             with torch.no_grad():
                 values = self._ask("discriminator", "model", torch.cat([x, self._of_step("fake", x)]))
-            self._kept["of_real"], self._kept["of_fake"] = values[: len(x)], values[len(x) :].view(len(x), -1)
+            self._kept["of_real"] = self._judged(values[: len(x)])
+            self._kept["of_fake"] = self._judged(values[len(x) :])
         weights = self._mixed(self._ask("classifier", player, x, "assignment").softmax(1))
         return adversarial_loss(self._kept["of_real"], self._kept["of_fake"], weights, weights.shape[1]), {}
 
@@ -247,6 +262,27 @@ class ResponsibilityLearning:
         if player == "encoder":
             self._kept[name] = features.detach()
         return self.networks[head](features)
+
+    @torch.no_grad()
+    def _keep_shares(self, x: Tensor) -> None:
+        """Moves the prior's shares towards those that eq. 6 weighs the Gaussians by."""
+        prior: Any = self.players["prior"].module
+        prior.shares.lerp_(mean_over_ranks(self._of_step("responsibilities", x).mean(0)), _NEWS)
+
+    def _judged(self, values: Tensor) -> Tensor:
+        """Of D's values for all samples [M, ·] or all their images [M n, ·], the logits that eq. 6 weighs, [M, 1 or n].
+
+        One discriminator gives a value, and a sample's counts for all its n Gaussians. One for each gives 1 + K: what
+        they share, and what each adds to it; they are asked as the Gaussian at hand.
+        """
+        component = self._kept["component"]
+        is_of_images = len(values) == component.numel()
+        if values.shape[1] == 1:
+            return values.view_as(component) if is_of_images else values
+        logits = values[:, 1:] + values[:, :1]
+        if is_of_images:
+            return logits.gather(1, component.reshape(-1, 1)).view_as(component)
+        return logits.gather(1, component)
 
     @torch.no_grad()
     def _of_step(self, name: str, x: Tensor) -> Tensor:
