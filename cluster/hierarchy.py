@@ -25,7 +25,7 @@ from data.manifest import Manifest, ShardRecord, SplitRecord, load_manifest, sav
 from data.shards import write_shard
 from data.stream import read_blocks
 from trainer.checkpoint import load_model, save_model
-from trainer.fit import Fit
+from trainer.fit import Fit, trained_tensors
 from trainer.initialise import initial_rows, initialise_mfa
 from trainer.loop import Callbacks, LogEntry
 from trainer.models.mfa import MFA
@@ -224,8 +224,9 @@ def _fit_sub_mixture(
         return None
     history: list[LogEntry] = []
     device = torch.device("cuda") if settings.gpus_per_task else None
-    Fit(model, manifest, training, device=device).run(Callbacks(on_log=history.append))
-    model.cpu()
+    state = Fit(model, manifest, training, device=device).run(Callbacks(on_log=history.append))
+    tensors = trained_tensors(state)
+    model.cpu().load_state_dict({name: tensors[name] for name in model.state_dict()})
     return history[-1].metrics["log_likelihood"]
 
 

@@ -304,7 +304,10 @@ def _run_one(
     state = fit.run(Callbacks(on_log, on_checkpoint), resume)
     seconds = resumed_seconds + time.perf_counter() - began
     final = _as_trained(model, state)
-    critic = made[0].players["critic"].module.cpu().eval() if made and "critic" in made[0].players else None
+    critic = None
+    if made and "critic" in made[0].players:
+        critic, tensors = made[0].players["critic"].module.cpu().eval(), trained_tensors(state)
+        critic.load_state_dict({name: tensors[f"critic.{name}"] for name in critic.state_dict()})
     trained = Trained(final, critic, recipe, manifest, seed, out)
     dequantised = recipe.training.dequantises(manifest.levels)
     save_model(storage.join(folder, "model"), final, recipe.model.family, manifest, dequantised=dequantised)

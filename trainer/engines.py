@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from data.errors import SharedError
 from trainer.objectives import Batch, Objective, Player
+from trainer.players import AVERAGE
 from trainer.settings import TrainingSettings
 
 State = dict[str, Tensor]
@@ -220,10 +221,14 @@ class DeepSpeedEngine(_Base):
             for moment in (value for moments in states.values() for value in moments.values()):
                 if isinstance(moment, Tensor):
                     moment.zero_()  # of a player that had not moved yet
+            averages = any(AVERAGE in moments for moments in states.values())
             for key, parameter in player.module.named_parameters():
+                own = state[f"{name}.module.{key}"]
                 if self.stage > 0:
-                    self._set_sharded(parameter, state[f"{name}.module.{key}"])
-                for field, value in _moments(state, name, key).items():
+                    self._set_sharded(parameter, own)
+                # What has not moved yet is its own average.
+                found = ({AVERAGE: own} if averages else {}) | _moments(state, name, key)
+                for field, value in found.items():
                     if value.ndim == 0:
                         for moments in states.values():
                             moments[field] = value.clone()

@@ -56,10 +56,7 @@ def _clip(bound: float) -> Callable[..., None]:
 
 
 def _average(decay: float) -> Callable[..., None]:
-    """A hook that moves each parameter's average by 1 - decay of the way; by more in the first steps.
-
-    After t updates the decay is at most (1 + t) / (10 + t): the start is forgotten.
-    """
+    """A hook that moves each parameter's average towards it; see `averaging_decay`."""
 
     @torch.no_grad()
     def hook(optimiser: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -70,11 +67,17 @@ def _average(decay: float) -> Callable[..., None]:
                 state = optimiser.state[parameter]
                 if AVERAGE not in state:
                     state[AVERAGE], state[_AVERAGED] = parameter.detach().clone(), torch.zeros(())
-                updates = float(state[_AVERAGED])
-                state[AVERAGE].lerp_(parameter, 1 - min(decay, (1 + updates) / (10 + updates)))
+                updates = int(state[_AVERAGED])
+                # The first is of what moved once, also where an engine made the moments before that.
+                state[AVERAGE].lerp_(parameter, 1 - averaging_decay(decay, updates) if updates else 1.0)
                 state[_AVERAGED] += 1
 
     return hook
+
+
+def averaging_decay(decay: float, updates: int) -> float:
+    """The decay after so many updates t: at most (1 + t) / (10 + t), so that the start is soon forgotten."""
+    return min(decay, (1 + updates) / (10 + updates))
 
 
 def learning_rate_schedule(settings: OptimiserSettings, steps: int) -> Callable[[int], float]:

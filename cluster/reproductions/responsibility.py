@@ -110,8 +110,8 @@ class ResponsibilityMNIST(_OfDigits):
         "and whose predictions the Inception score are of (10,000 samples); digits that Gaussians draw: how many are "
         "the most frequent of one. NDB by p < 0.05 over 100 K-means bins. C of the first rows has also seen images "
         "turned, sheared and shifted, which K-means and MFA have not. Steps have 64 images; to the letter 24, with ten "
-        "generated ones each. Gaussians are drawn by the shares that C gave them. Weights of generators are running "
-        "averages, but for the letter."
+        "generated ones each. The responsibility GANs draw their Gaussians by the shares that C gave them, others "
+        "all alike. Weights of the GANs' generators are running averages, but for the letter."
     )
 
     def prepare(self, out: str, packs: Mapping[str, Manifest], notice: Callable[[str], None]) -> None:

@@ -54,7 +54,7 @@ class ThesisMNIST(Reproduction):
         Member("Real NVP, convolutions, ML", "mnist-realnvp", ("training.steps=800",)),
         Member("MFA, diagonal noise", "mnist", ("hierarchy=null", "model.n_components=100")),
         Member("single flow, GAN", "mnist-flowgan", (*_SHORT, "model.adversarial.likelihood_weight=0")),
-        Member("DCGAN", "mnist-gan"),
+        Member("DCGAN", "mnist-gan", ("training.optimiser.average=0",)),
         Member("WGAN-GP", "mnist-wgan-gp", ("training.steps=3000",)),
     )
     columns: ClassVar[tuple[Column, ...]] = (

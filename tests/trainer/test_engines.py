@@ -71,6 +71,9 @@ def on_rank(rank, shards):
     for engine in ENGINES[1:]:
         out["ddp to " + engine], _ = run(shards, settings_for(engine), rank, 2, resume=(8, checkpoints["ddp"]))
         out[engine + " to ddp"], _ = run(shards, settings_for("ddp"), rank, 2, resume=(8, checkpoints[engine]))
+    earlier = {name: v for name, v in checkpoints["ddp"].items() if not name.endswith((".average", ".averaged"))}
+    for engine in ("ddp", "zero-0", "zero-2"):
+        out["earlier to " + engine], _ = run(shards, settings_for(engine), rank, 2, resume=(8, earlier))
     out["sgd"], _ = run(shards, settings_for("ddp", "sgd", clip=0.5), rank, 2)
     out["sgd zero-2"], _ = run(shards, settings_for("zero-2", "sgd", clip=0.5), rank, 2)
     return out
@@ -120,6 +123,11 @@ def test_resumed_equals_uninterrupted(by_rank, engine):
 def test_checkpoints_do_not_know_their_engine(by_rank, engine):
     assert difference(by_rank[0]["ddp"], by_rank[0]["ddp to " + engine]) < 1e-6
     assert difference(by_rank[0]["ddp"], by_rank[0][engine + " to ddp"]) < 1e-6
+
+
+@pytest.mark.parametrize("engine", ["zero-0", "zero-2"])
+def test_averages_start_where_a_checkpoint_has_none(by_rank, engine):
+    assert difference(by_rank[0]["earlier to ddp"], by_rank[0]["earlier to " + engine]) < 1e-6
 
 
 def test_a_checkpoint_of_two_workers_goes_on_with_one(by_rank, digits_pack):

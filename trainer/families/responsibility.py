@@ -75,7 +75,7 @@ class ResponsibilitySettings(FamilySettings):
         0.0, ge=0, description="weight of |∇f|² / 2 at the data (R1) in the discriminator's loss"
     )
     encoder: EncoderSettings = Field(default_factory=lambda: EncoderSettings())
-    prior_optimiser: OptimiserSettings = Field(default_factory=_adam)
+    prior_optimiser: OptimiserSettings = Field(default_factory=_adam, description="of the Gaussians; its average, too")
 
     @model_validator(mode="after")
     def _pairs_belong_together(self) -> ResponsibilitySettings:
@@ -88,6 +88,16 @@ class ResponsibilitySettings(FamilySettings):
             raise ValueError(
                 "model.generated=drawn draws the image beside a real one by what that one is: model.pairs=independent "
                 "cannot be; set augmented, nearest or null"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _averages_fit(self) -> ResponsibilitySettings:
+        encoder = self.encoder
+        if encoder.shared and encoder.discriminator.average != encoder.classifier.average:
+            raise ValueError(
+                "model.encoder.shared=true: the encoder moves by encoder.discriminator, the classifier's last layer by "
+                "encoder.classifier: set the same average for both"
             )
         return self
 

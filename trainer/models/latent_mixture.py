@@ -50,6 +50,11 @@ class LatentPrior(nn.Module):
             else:
                 self.register_buffer(name, value)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Models of earlier versions have no shares: theirs are equal.
+        state_dict.setdefault(f"{prefix}shares", torch.full_like(self.shares, 1 / len(self.shares)))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def place(self, noise: Tensor, component: Tensor) -> Tensor:
         """z = σ_k ε + μ_k, [..., d], for noise ε [..., d] and each sample's component k [...]."""
         return self.means[component] + self.log_deviations.exp()[component] * noise

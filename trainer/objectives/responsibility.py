@@ -18,6 +18,7 @@ from trainer.models.gan import Generator, halvings
 from trainer.objectives import Batch, Player
 from trainer.objectives.adversarial import real_penalty
 from trainer.objectives.transport import squared_distances
+from trainer.players import averaging_decay
 
 Loss = Literal["minimax", "non-saturating"]
 Pairs = Literal["independent", "augmented", "nearest"]
@@ -29,8 +30,8 @@ _TURN, _SHEAR, _GROWTH, _SHIFT = 0.25, 0.15, 0.15, 0.15
 _JITTER = 0.1  # of other samples, in standard deviations
 # Weights in `invariance_loss`: of certainty and balance beside invariance, and of balance beside certainty.
 _CERTAINTY, _BALANCE = 0.1, 4.0
-# Of a batch in the shares of the Gaussians that the prior keeps: those of some 200 batches.
-_NEWS = 0.005
+# Decay of the shares of the Gaussians that the prior keeps: they are those of some 200 batches.
+_MEMORY = 0.995
 
 
 class Decoder(nn.Module):
@@ -66,7 +67,8 @@ class ResponsibilityLearning:
       that belongs together is an image and a random affine map of it, for vectors noise on it ("augmented"); or a real
       and the "nearest" generated image of the worker's share of the batch.
     - In eq. 6 the weights are constant in the gradients of D and G. C then moves by them alone: it shifts weight to
-      the Gaussian whose images D takes for real, of any x_i alike, as x̂_i^k does not depend on x_i.
+      the Gaussian whose images D takes for real, of any x_i alike, as x̂_i^k does not depend on x_i; unless
+      each Gaussian has an f of its own (below).
     - "Update both" is a simultaneous update: its players' gradients are of one point, though they move one by one. G's
       images are made anew once it has moved, for eq. 4; eqs. 5 and 6 share those that D saw.
 
@@ -77,15 +79,16 @@ class ResponsibilityLearning:
       pairs, where C(x) of the first term is held constant (W. Hu et al., Learning Discrete Representations via
       Information Maximizing Self-Augmented Training, ICML 2017). Clusters of eq. 5 depend on where C starts. The last
       term asks for equally many images of each Gaussian.
-    - `uniform_share` u: (1 - u) w_i + u / K in place of w_i in eq. 6. With u = 1 weights are those of DeLiGAN.
+    - `uniform_share` u: (1 - u) w_i + u / K in place of w_i in eq. 6. With u = 1 weights are those of DeLiGAN. With a
+      discriminator for each, every Gaussian is also asked for that share of all data.
     - `label_steps`: in so many first steps -log C(x̂_i^k)_k is added to eq. 4.
     - `classifier_consistency` λ: C takes λ times its loss of eq. 4, so that it leads G rather than follow it: where G
       draws one digit from two Gaussians, eq. 4 asks C to tell them apart.
     - `generator_consistency` λ: G also pays λ times that loss of eq. 4 (as in InfoGAN; Chen et al. 2016). Beside the
       adversarial loss, of which eq. 6 takes a K-th, that is a weight of λ K.
     - `real_penalty` γ: D also pays γ/2 E|∇f(x_i)|², here a K-th of it, as of eq. 6 (R1; see `real_penalty`); of a
-      discriminator for each, of Σ_k w_ik f_k(x_i). Without it the images of a Gaussian soon differ hardly. Of a shared
-      encoder it is taken where that has moved.
+      discriminator for each, of Σ_k w_ik f_k(x_i), or of the f_k that is drawn, which in expectation is no less.
+      Without it the images of a Gaussian soon differ hardly. Of a shared encoder it is taken where that has moved.
     - a discriminator for each Gaussian: D gives 1 + K values, a common one and what each Gaussian adds to it, and L_a
       has D(x, k), f_k, in place of D(x), f. The weights of its real part, which else sum to one, then ask f_k about the
       images that C gives to Gaussian k, and G about all the forms that these have (of pairs of an image and its class:
@@ -135,7 +138,7 @@ class ResponsibilityLearning:
         self.classifier_consistency, self.generator_consistency = classifier_consistency, generator_consistency
         self.real_penalty = real_penalty
         self.shares_encoder = "encoder" in players
-        self._labels = label_steps > 0
+        self._labels, self._step = label_steps > 0, 0
         self._plan: list[tuple[str, str]] = []
         self._kept: dict[str, Tensor] = {}
 
@@ -149,7 +152,7 @@ class ResponsibilityLearning:
             self._plan += [("agreement", player) for player in classifier]
         learns = classifier if self.classifier_consistency else ()
         self._plan += [("consistency", player) for player in ("prior", *learns)]
-        self._labels, self._kept = step < self.label_steps, {}
+        self._labels, self._step, self._kept = step < self.label_steps, step, {}
         return [player for _, player in self._plan]
 
     def loss(self, player: str, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -267,7 +270,11 @@ class ResponsibilityLearning:
     def _keep_shares(self, x: Tensor) -> None:
         """Moves the prior's shares towards those that eq. 6 weighs the Gaussians by."""
         prior: Any = self.players["prior"].module
-        prior.shares.lerp_(mean_over_ranks(self._of_step("responsibilities", x).mean(0)), _NEWS)
+        shares = self._of_step("responsibilities", x).mean(0)
+        if dist.is_initialized():
+            # Not `mean_over_ranks`, which leaves each rank's own rounding.
+            dist.all_reduce(shares)
+        prior.shares.lerp_(shares / shares.sum(), 1 - averaging_decay(_MEMORY, self._step))
 
     def _judged(self, values: Tensor) -> Tensor:
         """Of D's values for all samples [M, ·] or all their images [M n, ·], the logits that eq. 6 weighs, [M, 1 or n].
@@ -325,7 +332,8 @@ class ResponsibilityLearning:
 def adversarial_loss(of_real: Tensor, of_fake: Tensor, weights: Tensor, n_components: int) -> Tensor:
     """(1/K) E_i Σ_k w_ik (log D(x_i) + log(1 - D(x̂_i^k))), a scalar in nats (eq. 6).
 
-    For logits of D: `of_real` [M, 1] and `of_fake` [M, n]; weights [M, n], where n is K or, of drawn Gaussians, less.
+    For logits of D: `of_real` [M, 1], or [M, n] of a discriminator for each, and `of_fake` [M, n]; weights
+    [M, n], where n is K or, of drawn Gaussians, less.
     """
     return -(weights * (F.softplus(-of_real) + F.softplus(of_fake))).sum(1).mean() / n_components
 
