@@ -61,9 +61,9 @@ def assign(model: LocalModel, place: str, *, split: str = "test", seed: int = 0)
     label = np.concatenate(labels) if labels else None
     if label is None or len(label) != len(responsibilities) or label.min() < 0:
         return Assignments(responsibilities, None, None)
-    table = contingency(
-        responsibilities.argmax(1), label.astype(np.int64), responsibilities.shape[1], int(label.max()) + 1
-    )
+    # Numbered anew: labels may be identifiers of any size.
+    classes, numbers = np.unique(label, return_inverse=True)
+    table = contingency(responsibilities.argmax(1), numbers, responsibilities.shape[1], len(classes))
     return Assignments(responsibilities, label, agreement(table))
 
 

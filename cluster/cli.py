@@ -144,6 +144,7 @@ def sample(
     import numpy as np
 
     from cluster.models import open_model
+    from cluster.questions import check_places
     from data.storage import check_url, publish
     from eval.canvas import is_image, save_png, tile
     from eval.figures import sample_grid
@@ -167,6 +168,7 @@ def sample(
             manifest = write_samples(runner, drawn, check_url(out))
         print_fields(pack=manifest.base, samples=f"{n:,} of shape {list(manifest.shape)}, split test")
         return
+    check_places(Path(out))
     if workers is not None or ray_address or gpus_per_task:
         raise UserError(f"--out {out}: workers draw packs: give a folder, or leave --workers and --ray-address out")
     opened = open_model(model, tracking_uri)

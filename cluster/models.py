@@ -48,7 +48,7 @@ class LocalModel:
         if not hasattr(self.model, ability):
             raise UserError(
                 f"the model of {self.data['name']} is of the family {self.document['family']}, which has no {ability}: "
-                "give a density, such as a mixture"
+                + ("give a mixture or a responsibility GAN" if ability == "responsibilities" else "give a density")
             )
 
     def sample(self, n: int, seed: int, component: int | None = None) -> np.ndarray:

@@ -69,6 +69,10 @@ def _init(**options: Any) -> None:
         ray.init(**options)
     except SystemExit as error:  # what Ray's handler makes of SIGTERM in the meantime
         raise KeyboardInterrupt from error
+    except Exception as error:
+        if "timed out during startup" not in str(error):
+            raise
+        raise UserError("Ray did not start in time on this machine, which may be busy: try again") from error
     finally:
         for number, handler in ours.items():
             if callable(handler):  # a program that has no handler of its own is better served by Ray's

@@ -17,7 +17,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from data import storage
-from data.errors import UserError, one_line
+from data.errors import UserError, one_line, printable
 from data.manifest import Manifest
 from trainer.engines import State
 
@@ -126,7 +126,9 @@ def load_model(folder: str) -> tuple[Any, dict[str, Any]]:
         model.load_state_dict(_read_tensors(weights))
         _check_model(model, document["data"])
     except (LookupError, ImportError, AttributeError, TypeError, ValueError, RuntimeError, MemoryError) as error:
-        raise UserError(f"model {folder}: cannot be loaded ({one_line(error)}); train it again") from error
+        # Which tensors do not fit is in the lines after the first.
+        why = printable(" ".join(str(error).split()) or type(error).__name__)
+        raise UserError(f"model {folder}: cannot be loaded ({why}); train it again") from error
     return model.eval(), document
 
 

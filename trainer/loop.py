@@ -131,8 +131,8 @@ class _Window:
         mean, most = mean_and_max_over_ranks(values)
         if not bool(torch.isfinite(mean).all()):
             raise SharedError(
-                f"training stopped at step {step}: the loss of player {player!r} is {float(mean[0])}; lower "
-                "training.optimiser.learning_rate, check the data, or raise a mixture's model.noise_floor"
+                f"training stopped at step {step}: the loss of player {player!r} is {float(mean[0])}; lower the "
+                "learning rates and the weights of its losses, check the data, or raise a mixture's model.noise_floor"
             )
         prefix = "" if player == "model" else f"{player}_"
         for name, value in (*zip(names, mean.tolist()), ("worst_loss", float(most[0]))):

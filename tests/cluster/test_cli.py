@@ -378,6 +378,7 @@ def test_samples_of_one_component(call, latent_model, small_model):
     assert call("sample", small_model, "-n", 40, "--out", "y.npy")[0] == 0
     assert np.load("x.npy").std(0).mean() < np.load("y.npy").std(0).mean()
     refuses(call("sample", place, "-n", 5, "--component", 4, "--out", "x.npy"), "0 to 3")
+    refuses(call("sample", place, "-n", 5, "--out", "x.npy/y.npy"), "cannot hold")
     refuses(call("sample", place, "-n", 5, "--component", 1, "--out", "pack"), "a pack is of all")
 
 
@@ -401,6 +402,11 @@ def test_assign_tells_components_and_how_far_they_are_classes(call, latent_model
     code, out, _ = call("assign", place, "--data", unknown)
     assert code == 0
     assert "accuracy" not in out
+    labels = np.array([2**62, 5, 2**62, 10**9])  # identifiers, which no table has room for
+    np.savez("identifiers.npz", x=np.random.default_rng(0).random((4, 8, 8, 1)).astype(np.float32), y=labels)
+    code, out, err = call("assign", place, "--data", "identifiers.npz", "--json", "--split", "train")
+    assert code == 0, err
+    assert 0.5 <= json.loads(out)["purity"] <= 1
     refuses(call("assign", place, "--data", "digits", "--out", "x.txt"), ".csv")
 
 

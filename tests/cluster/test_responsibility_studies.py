@@ -19,6 +19,7 @@ def test_clusters_samples_and_ways_between_gaussians(tmp_path):
     outcomes, table = ran(study, labels, tmp_path)
     found = outcomes["responsibility GAN"][0]
     assert {"accuracy", "information", "purity", "used", "frechet", "ndb", "sample_purity"} <= found.metrics.keys()
+    assert 0 <= found.metrics["told"] <= 1
     assert 0.1 <= found.metrics["accuracy"] <= found.metrics["purity"] <= 1
     assert found.metrics["kmeans_accuracy"] > 0.6
     assert "start/accuracy" in found.metrics

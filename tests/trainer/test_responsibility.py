@@ -614,6 +614,25 @@ def test_invariance_needs_pairs_that_belong_together():
         load_recipe("mnist-responsibility", ["model.agreement=invariance", "model.pairs=nearest"])
 
 
+def test_a_shared_encoder_has_layers_and_one_average(manifest_for):
+    shared = ["model.encoder.shared=true"]
+    with pytest.raises(UserError, match="same average for both"):
+        load_recipe("mnist-responsibility", [*shared, "model.encoder.classifier.average=0.9"])
+    recipe = load_recipe("mnist-responsibility", [*shared, "model.encoder.n_layers=0"])
+    recipe.model.check(manifest_for((8, 8)), recipe.initialisation)
+    with pytest.raises(UserError, match="raise it"):
+        recipe.model.check(manifest_for((3,)), recipe.initialisation)
+
+
+def test_models_without_shares_have_equal_ones():
+    model = model_for()
+    model.prior.shares.copy_(torch.tensor([0.5, 0.25, 0.25]))
+    state = model.state_dict()
+    del state["prior.shares"]
+    model.load_state_dict(state)
+    assert torch.equal(model.prior.shares, torch.full((3,), 1 / 3))
+
+
 @pytest.mark.parametrize("name", ["responsibility", "responsibility-letter", "deligan", "latent-mixture"])
 def test_recipes_are_read(name, manifest_for):
     recipe = load_recipe(f"mnist-{name}", [])

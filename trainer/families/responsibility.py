@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from data.errors import UserError
 from trainer.families.adversarial import refuse_zero_3
 from trainer.settings import FamilySettings, InitialisationSettings, OptimiserSettings, Settings, TrainingSettings
 
@@ -120,6 +121,15 @@ class ResponsibilitySettings(FamilySettings):
                 f"training.batch_size ({training.batch_size}) is shared by {lanes} lanes: make it a multiple of {lanes}"
             )
         refuse_zero_3(training, "a player that is asked in the others' turns: ZeRO-3 then holds it in parts")
+
+    def check(self, manifest: Manifest, initialisation: InitialisationSettings) -> None:
+        from trainer.models.gan import halvings
+
+        if self.encoder.shared and not self.encoder.n_layers and not halvings(manifest.shape):
+            raise UserError(
+                f"model.encoder.n_layers=0: samples of shape {list(manifest.shape)} are no images, and leave a shared "
+                "encoder without layers: raise it"
+            )
 
     def build(self, manifest: Manifest) -> nn.Module:
         from trainer.models.responsibility import ResponsibilityGAN
