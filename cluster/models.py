@@ -48,7 +48,11 @@ class LocalModel:
         if not hasattr(self.model, ability):
             raise UserError(
                 f"the model of {self.data['name']} is of the family {self.document['family']}, which has no {ability}: "
-                + ("give a mixture or a responsibility GAN" if ability == "responsibilities" else "give a density")
+                + (
+                    "give a mixture or a responsibility GAN"
+                    if ability == "responsibilities"
+                    else "give a density, such as a mixture"
+                )
             )
 
     def sample(self, n: int, seed: int, component: int | None = None) -> np.ndarray:
