@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer.objectives import Player
+from trainer.objectives import Player, averaging_decay
 from trainer.settings import OptimiserSettings
 
 # Moments of an optimiser: the running average of a parameter, and how many updates it is of.
@@ -73,11 +73,6 @@ def _average(decay: float) -> Callable[..., None]:
                 state[_AVERAGED] += 1
 
     return hook
-
-
-def averaging_decay(decay: float, updates: int) -> float:
-    """The decay after so many updates t: at most (1 + t) / (10 + t), so that the start is soon forgotten."""
-    return min(decay, (1 + updates) / (10 + updates))
 
 
 def learning_rate_schedule(settings: OptimiserSettings, steps: int) -> Callable[[int], float]:

@@ -48,3 +48,8 @@ class Objective(Protocol):
     def loss(self, player: str, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The player's loss (a scalar, mean over the local batch) and scalars worth logging."""
         ...
+
+
+def averaging_decay(decay: float, updates: int) -> float:
+    """The decay of an average after so many updates t: at most (1 + t) / (10 + t), so that it forgets the start."""
+    return min(decay, (1 + updates) / (10 + updates))

@@ -15,10 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.models.gan import Generator, halvings
-from trainer.objectives import Batch, Player
+from trainer.objectives import Batch, Player, averaging_decay
 from trainer.objectives.adversarial import real_penalty
 from trainer.objectives.transport import squared_distances
-from trainer.players import averaging_decay
 
 Loss = Literal["minimax", "non-saturating"]
 Pairs = Literal["independent", "augmented", "nearest"]
