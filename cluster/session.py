@@ -70,7 +70,7 @@ def _init(**options: Any) -> None:
     except SystemExit as error:  # what Ray's handler makes of SIGTERM in the meantime
         raise KeyboardInterrupt from error
     except Exception as error:
-        if "timed out during startup" not in str(error):
+        if "timed out during startup" not in str(error):  # Ray has no type of its own for it
             raise
         raise UserError("Ray did not start in time on this machine, which may be busy: try again") from error
     finally:

@@ -221,12 +221,13 @@ class DeepSpeedEngine(_Base):
             for moment in (value for moments in states.values() for value in moments.values()):
                 if isinstance(moment, Tensor):
                     moment.zero_()  # of a player that had not moved yet
-            averages = any(AVERAGE in moments for moments in states.values())
             for key, parameter in player.module.named_parameters():
                 own = state[f"{name}.module.{key}"]
                 if self.stage > 0:
                     self._set_sharded(parameter, own)
                 # What has not moved yet is its own average.
+                held = states.values() if self.stage > 0 else [states.get(parameter, {})]
+                averages = any(AVERAGE in moments for moments in held)
                 found = ({AVERAGE: own} if averages else {}) | _moments(state, name, key)
                 for field, value in found.items():
                     if value.ndim == 0:

@@ -19,6 +19,7 @@ ENGINES = ["ddp", "zero-0", "zero-1", "zero-2", "zero-3"]
 
 
 def settings_for(engine, optimiser="adam", clip=None, steps=STEPS):
+    average = 0.9 if optimiser == "adam" else 0.0
     return TrainingSettings(
         steps=steps,
         batch_size=BATCH,
@@ -28,7 +29,7 @@ def settings_for(engine, optimiser="adam", clip=None, steps=STEPS):
         zero_stage=0 if engine == "ddp" else int(engine[-1]),
         checkpoint_every=8,
         optimiser=OptimiserSettings(
-            name=optimiser, learning_rate=1e-3, schedule="cosine", gradient_clip=clip, average=0.9
+            name=optimiser, learning_rate=1e-3, schedule="cosine", gradient_clip=clip, average=average
         ),
     )
 

@@ -64,7 +64,9 @@ class ResponsibilitySettings(FamilySettings):
     )
     uniform_share: float = Field(0.0, ge=0, le=1, description="share of equal weights in the responsibilities of eq. 6")
     classifier_adversarial: bool = Field(True, description="whether the classifier moves by eq. 6, too")
-    label_steps: int = Field(0, ge=0, description="first steps, with the cross-entropy to the Gaussians' numbers")
+    label_steps: int | None = Field(
+        0, ge=0, description="first steps, with the cross-entropy to the Gaussians' numbers; null: all steps"
+    )
     classifier_consistency: float = Field(1.0, ge=0, description="weight of eq. 4 in the classifier's loss")
     generator_consistency: float = Field(
         0.0, ge=0, description="weight of eq. 4 in the generator's loss, of whose other part eq. 6 takes a K-th"

@@ -80,7 +80,7 @@ class ResponsibilityLearning:
       term asks for equally many images of each Gaussian.
     - `uniform_share` u: (1 - u) w_i + u / K in place of w_i in eq. 6. With u = 1 weights are those of DeLiGAN. With a
       discriminator for each, every Gaussian is also asked for that share of all data.
-    - `label_steps`: in so many first steps -log C(x̂_i^k)_k is added to eq. 4.
+    - `label_steps`: in so many first steps (None: in all) -log C(x̂_i^k)_k is added to eq. 4.
     - `classifier_consistency` λ: C takes λ times its loss of eq. 4, so that it leads G rather than follow it: where G
       draws one digit from two Gaussians, eq. 4 asks C to tell them apart.
     - `generator_consistency` λ: G also pays λ times that loss of eq. 4 (as in InfoGAN; Chen et al. 2016). Beside the
@@ -124,7 +124,7 @@ class ResponsibilityLearning:
         generated: Generated = "all",
         uniform_share: float = 0.0,
         classifier_adversarial: bool = True,
-        label_steps: int = 0,
+        label_steps: int | None = 0,
         classifier_consistency: float = 1.0,
         generator_consistency: float = 0.0,
         real_penalty: float = 0.0,
@@ -137,7 +137,7 @@ class ResponsibilityLearning:
         self.classifier_consistency, self.generator_consistency = classifier_consistency, generator_consistency
         self.real_penalty = real_penalty
         self.shares_encoder = "encoder" in players
-        self._labels, self._step = label_steps > 0, 0
+        self._labels, self._step = label_steps is None or label_steps > 0, 0
         self._plan: list[tuple[str, str]] = []
         self._kept: dict[str, Tensor] = {}
 
@@ -151,7 +151,7 @@ class ResponsibilityLearning:
             self._plan += [("agreement", player) for player in classifier]
         learns = classifier if self.classifier_consistency else ()
         self._plan += [("consistency", player) for player in ("prior", *learns)]
-        self._labels, self._step, self._kept = step < self.label_steps, step, {}
+        self._labels, self._step, self._kept = self.label_steps is None or step < self.label_steps, step, {}
         return [player for _, player in self._plan]
 
     def loss(self, player: str, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
